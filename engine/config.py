@@ -1,0 +1,153 @@
+"""Frozen, typed configuration: what the user asks of the engine, and what a checkpoint says of its model.
+
+Reading config.json into these classes is the job of loading/checkpoint.py; nothing here opens a file.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from .errors import ConfigError
+
+DType = Literal["float32", "bfloat16"]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """User options of an engine. `resolve()` checks them once; nothing mutates them afterwards.
+
+    max_model_len     longest prompt + answer in tokens; None = the model's own limit
+    max_num_seqs      most sequences decoded together
+    max_batch_tokens  most tokens in one forward pass; longer prompts are cut into chunks of this size
+    kv_cache_bytes    size of the paged KV-cache; None = room for max_num_seqs sequences, at most 1 GiB
+    block_size        tokens a KV block
+    """
+
+    model: str
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    device: Literal["cpu"] = "cpu"
+    backend: Literal["auto", "reference", "native"] = "auto"
+    weights: Literal["auto"] = "auto"
+    num_threads: int | None = None
+    max_model_len: int | None = None
+    max_num_seqs: int = 16
+    max_batch_tokens: int = 2048
+    kv_cache_bytes: int | None = None
+    block_size: int = 16
+    check_blocks: bool = False
+
+    def resolve(self) -> EngineConfig:
+        """Return self after checking every value. Raises ConfigError naming the option, its value and the choices."""
+        choices = {
+            "dtype": ("auto", "float32", "bfloat16"),
+            "device": ("cpu",),
+            "backend": ("auto", "reference", "native"),
+            "weights": ("auto",),
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ConfigError(f"{name}={getattr(self, name)!r} is not one of {', '.join(allowed)}")
+        for name in ("num_threads", "max_model_len", "kv_cache_bytes"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise ConfigError(f"{name}={value!r} must be None or a positive integer")
+        for name in ("max_num_seqs", "max_batch_tokens", "block_size"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ConfigError(f"{name}={value!r} must be a positive integer")
+        return self
+
+    def with_options(self, **options: object) -> EngineConfig:
+        return replace(self, **options)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True, slots=True)
+class SamConfig:
+    """SAM-style tower: windowed and global attention, neck, two stride-2 convolutions. Defaults: DeepSeek-OCR."""
+
+    width: int = 768
+    layers: int = 12
+    heads: int = 12
+    window_size: int = 14
+    global_attn_indexes: tuple[int, ...] = (2, 5, 8, 11)
+    image_size: int = 1024
+    patch_size: int = 16
+    mlp_ratio: float = 4.0
+    out_channels: int = 256
+    downsample_channels: tuple[int, int] = (512, 1024)
+    layer_norm_eps: float = 1e-6
+
+
+@dataclass(frozen=True, slots=True)
+class ClipConfig:
+    """CLIP-L tower that receives SAM features instead of pixels. Defaults: DeepSeek-OCR."""
+
+    width: int = 1024
+    layers: int = 24
+    heads: int = 16
+    mlp_ratio: float = 4.0
+    image_size: int = 224
+    patch_size: int = 14
+    layer_norm_eps: float = 1e-5
+
+
+@dataclass(frozen=True, slots=True)
+class MoeConfig:
+    """Mixture-of-experts feed-forward: top_k of num_experts by softmax score, plus an optional shared expert."""
+
+    num_experts: int
+    top_k: int
+    intermediate_size: int
+    shared_intermediate_size: int = 0
+    renormalize: bool = False
+    routed_scale: float = 1.0
+    dense_layers: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderConfig:
+    """Decoder shared by all families: GQA, optional QK-norm, dense or MoE feed-forward, rotate-half RoPE."""
+
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    moe: MoeConfig | None = None
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    qk_norm: bool = False
+    tie_word_embeddings: bool = False
+    max_position_embeddings: int = 8192
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessorConfig:
+    """How pages become views. `scaled` is True when the checkpoint carries its own sizes (a scaled model)."""
+
+    base_size: int = 1024
+    image_size: int = 640
+    crop_mode: bool = True
+    min_crops: int = 2
+    max_crops: int = 9
+    modes: tuple[str, ...] | None = None
+    prompts: dict[str, str] = field(default_factory=dict)
+    scaled: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class DeepseekOcrConfig:
+    """A whole DeepSeek-OCR checkpoint: two vision towers, a projector, a decoder, the page processor."""
+
+    sam: SamConfig
+    clip: ClipConfig
+    decoder: DecoderConfig
+    processor: ProcessorConfig
+    image_token_id: int | None = None
+    torch_dtype: DType = "bfloat16"
+    model_type: str = "deepseek_vl_v2"

@@ -1,0 +1,204 @@
+"""The ops contract: every hot computation of every model is one of the functions of `Ops`.
+
+A backend is an object with these methods (`reference` in torch is always complete and is the test oracle; `native` is
+C++). `registry.resolve_ops` chooses a backend for each op once, when a model is built, and returns one `Ops` table.
+Common rules:
+- Activations are float32 or bfloat16, last axis contiguous. Sums, softmax and norms are computed in float32; a result is
+  rounded to the activation dtype once, at the end of the op.
+- `out` is written and returned when given (it may be `x` or `residual` itself where the docstring says so), otherwise a
+  new tensor is made. Packed weights come from the same backend's `pack_*`.
+- Batch invariance (native): a row's result has the same bits whatever other rows are in the call.
+- Errors: ShapeError if shapes or dtypes break the contract.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+Activation = Literal["gelu", "quick_gelu", "silu"]
+OP_NAMES = (
+    "embedding",
+    "linear",
+    "rms_norm",
+    "layer_norm",
+    "qk_norm_rope_store",
+    "paged_attention",
+    "swiglu_ffn",
+    "moe_routing",
+    "grouped_gemm",
+    "moe_ffn",
+    "patch_embed",
+    "window_attention",
+    "attention",
+    "conv_downsample",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class OpCase:
+    """What a backend is asked to support: one op for one model shape on one dtype.
+
+    `sizes` holds the op's relevant sizes by name (head_dim, top_k, num_experts, ...), for checks such as
+    "head_dim must be a multiple of 16".
+    """
+
+    op: str
+    dtype: torch.dtype
+    sizes: tuple[tuple[str, int], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class RopeTable:
+    """cos, sin: [P, D/2] float32, row p = cos/sin(p * theta^(-2i/D)), angles computed in float64."""
+
+    cos: Tensor
+    sin: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Routing:
+    """Result of moe_routing for N tokens, k experts a token, E experts.
+
+    expert_ids   [N, k] int32    chosen experts by falling score, lowest id first among equals
+    weights      [N, k] float32  their scores (renormalised and scaled if asked)
+    offsets      [E+1] int32     rows of expert e in `permutation` are offsets[e] : offsets[e+1]
+    permutation  [N*k] int32     flat indices n*k+j sorted by expert, stable (falling n within an expert never happens)
+    """
+
+    expert_ids: Tensor
+    weights: Tensor
+    offsets: Tensor
+    permutation: Tensor
+
+
+class Ops(Protocol):
+    """One chosen implementation per op; see the module docstring for the common rules."""
+
+    name: str
+
+    # ---- packing, once at load -------------------------------------------------------------------------------------
+    def pack_linear(self, weight: Tensor, bias: Tensor | None = None) -> Any:
+        """weight [O, C] row-major, bias [O]; returns a packed linear with attributes out_features, in_features, dtype."""
+
+    def pack_swiglu(self, gate: Tensor, up: Tensor, down: Tensor) -> Any:
+        """gate, up [I, C], down [C, I]; returns a packed SwiGLU feed-forward."""
+
+    def pack_moe(self, router: Tensor, gate: list[Tensor], up: list[Tensor], down: list[Tensor], shared: Any | None) -> Any:
+        """router [E, C]; gate[e], up[e] [I, C]; down[e] [C, I]; shared: a pack_swiglu result or None."""
+
+    # ---- decoder ---------------------------------------------------------------------------------------------------
+    def embedding(self, token_ids: Tensor, table: Tensor, out: Tensor | None = None) -> Tensor:
+        """out[n] = table[token_ids[n]].  token_ids [N] int32, table [V, C] -> [N, C]. An id outside 0..V-1 is a ShapeError."""
+
+    def linear(
+        self,
+        x: Tensor,
+        weight: Any,
+        activation: Activation | None = None,
+        residual: Tensor | None = None,
+        out: Tensor | None = None,
+        out_dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        """out = activation(x @ weight.T + bias) + residual.  x [N, C] (rows may be strided) -> [N, O].
+
+        Accumulated in float32, rounded once. gelu is the exact erf form, quick_gelu x*sigmoid(1.702x).
+        residual [N, O] in x's dtype; `out` may be `residual`. out_dtype float32 gives unrounded sums (logits).
+        """
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, out: Tensor | None = None) -> Tensor:
+        """out = x / sqrt(mean(x^2, last axis) + eps) * weight.  x [N, C], weight [C]; `out` may be `x`."""
+
+    def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor, eps: float, out: Tensor | None = None) -> Tensor:
+        """out = (x - mean) / sqrt(var + eps) * weight + bias, biased variance.  x [..., C]; `out` may be `x`."""
+
+    def qk_norm_rope_store(
+        self,
+        qkv: Tensor,
+        positions: Tensor,
+        slots: Tensor,
+        rope: RopeTable,
+        keys: Tensor,
+        values: Tensor,
+        num_heads: int,
+        q_norm: Tensor | None = None,
+        k_norm: Tensor | None = None,
+        eps: float = 1e-6,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """Optional RMSNorm of each q and k head, rotate-half RoPE on both, then k and v go to the paged cache.
+
+        qkv [N, (H+2K)*D] laid out q | k | v; positions, slots [N] int32; keys, values [num_blocks, block_size, K, D] are
+        written in place at slot = block*block_size + offset. Rotation: pairs (i, i+D/2),
+        out_i = x_i cos_i - x_{i+D/2} sin_i; out_{i+D/2} = x_{i+D/2} cos_i + x_i sin_i, in float32.
+        Returns the rotated queries [N, H, D]. A slot or position outside its table is a ShapeError.
+        """
+
+    def paged_attention(
+        self,
+        q: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        block_tables: Tensor,
+        query_starts: Tensor,
+        context_lens: Tensor,
+        scale: float,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """Causal attention over the paged cache, prefill chunks and decodes in one call, GQA (H a multiple of K).
+
+        q [N, H, D]; query row t of sequence s (of n_s rows) stands at position context_lens[s] - n_s + t and sees the
+        keys at positions <= its own, found through block_tables[s]. softmax(q.k * scale) v -> [N, H, D].
+        """
+
+    def swiglu_ffn(self, x: Tensor, ffn: Any, residual: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+        """out = down(silu(gate(x)) * up(x)) + residual.  The product is rounded to x's dtype once. `out` may be `residual`."""
+
+    def moe_routing(self, logits: Tensor, top_k: int, renormalize: bool, scale: float) -> Routing:
+        """scores = softmax(logits [N, E] float32); the top_k largest, lowest id first among equals; see Routing."""
+
+    def grouped_gemm(self, x: Tensor, moe: Any, routing: Routing) -> Tensor:
+        """Routed experts only: y[n] = sum_j weights[n,j] * expert_{ids[n,j]}(x[n]), float32 [N, C].
+
+        Experts are SwiGLU; terms are added in the order j = 0..k-1 (so a row does not depend on its neighbours).
+        """
+
+    def moe_ffn(
+        self,
+        x: Tensor,
+        moe: Any,
+        top_k: int,
+        renormalize: bool,
+        scale: float,
+        residual: Tensor | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """out = routed experts(x) + shared(x) + residual, summed in float32, rounded once. Router logits are float32."""
+
+    # ---- vision ----------------------------------------------------------------------------------------------------
+    def patch_embed(self, pixels: Tensor, weight: Any, patch_size: int) -> Tensor:
+        """Non-overlapping patches times weight.  pixels [B, 3, S, S]; weight packed [C, 3*p*p] with bias -> [B, g, g, C]."""
+
+    def window_attention(
+        self, qkv: Tensor, pad_qkv: Tensor, rel_h: Tensor, rel_w: Tensor, num_heads: int, window: int
+    ) -> Tensor:
+        """SAM attention with decomposed relative positions (ViTDet), in windows or over the whole grid (window 0).
+
+        qkv [B, G, G, 3*C] laid out q | k | v, each C = num_heads*D. The grid is padded at bottom and right to a multiple of
+        the window; a padded position has q|k|v = pad_qkv [3*C] (the qkv bias) and takes part unmasked.
+        rel_h, rel_w [2*w-1, D] float32 tables (w = window, or G). logits = q.k/sqrt(D) + q.rel_h[i_q-i_k+w-1]
+        + q.rel_w[j_q-j_k+w-1], q unscaled in both terms. Returns [B, G, G, C].
+        """
+
+    def attention(self, qkv: Tensor, num_heads: int) -> Tensor:
+        """Bidirectional attention.  qkv [B, T, 3*C] laid out q | k | v, scale 1/sqrt(D) -> [B, T, C]."""
+
+    def conv_downsample(self, x: Tensor, neck: Any, eps: float) -> Tensor:
+        """SAM neck and two stride-2 convolutions: conv1x1, LayerNorm over channels, conv3x3 pad 1, LayerNorm,
+        conv3x3 stride 2 pad 1, conv3x3 stride 2 pad 1; no activation.  x [B, G, G, C] -> [B, G/4, G/4, C_out] channels last."""
+
+    def pack_conv_downsample(self, weights: dict[str, Tensor]) -> Any:
+        """weights: conv1 [F,C,1,1], norm1_weight/bias [F], conv2 [F,F,3,3], norm2_weight/bias [F], down1 [F2,F,3,3], down2 [F3,F2,3,3]."""

@@ -1,0 +1,178 @@
+"""Plain data shared by all layers: what a request asks, what it returns, and what a forward pass is given.
+
+Knows nothing of files, tokenizers, scheduling or kernels. Shape letters used in the whole repository: N tokens in a
+batch, S sequences, H query heads, K key/value heads, D head size, C hidden size, E experts, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any
+
+from .errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+
+FINISH_REASONS = ("stop", "length", "repetition", "abort")
+
+
+@dataclass(frozen=True, slots=True)
+class NgramGuard:
+    """Windowed no-repeat n-gram rule over generated tokens (deepseek-ocr.md section 8).
+
+    A token is forbidden if it would complete an n-gram of `size` tokens that starts within the last `window` generated
+    tokens. Tokens in `whitelist` (texts such as "<td>", resolved by the tokenizer) are never forbidden.
+    """
+
+    size: int = 30
+    window: int = 90
+    whitelist: tuple[str, ...] = ("<td>", "</td>")
+
+    def __post_init__(self) -> None:
+        if self.size < 2 or self.window < self.size:
+            raise ConfigError(f"NgramGuard needs 2 <= size <= window, got size={self.size}, window={self.window}")
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How one request is decoded. Names and meanings follow vLLM's SamplingParams.
+
+    temperature 0 means greedy (lowest id wins ties). `max_tokens` None means: up to the context limit.
+    `logprobs` = n returns the n most likely tokens' log probabilities (and the chosen one's) at every step.
+    `ngram_guard` None means the default of the caller: on in Reader, off in LLM; False turns it off.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    max_tokens: int | None = None
+    min_tokens: int = 0
+    stop: tuple[str, ...] | list[str] | str = ()
+    stop_token_ids: tuple[int, ...] | list[int] = ()
+    ignore_eos: bool = False
+    seed: int | None = None
+    logprobs: int | None = None
+    ngram_guard: NgramGuard | bool | None = None
+    detect_repetition: bool = True
+    skip_special_tokens: bool = False
+
+    def __post_init__(self) -> None:
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        object.__setattr__(self, "stop", stop)
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        checks = (
+            ("temperature", 0.0 <= self.temperature <= 100.0, "between 0 and 100"),
+            ("top_p", 0.0 < self.top_p <= 1.0, "above 0 and at most 1"),
+            ("top_k", self.top_k >= 0, "0 (off) or positive"),
+            ("min_p", 0.0 <= self.min_p <= 1.0, "between 0 and 1"),
+            ("repetition_penalty", 0.0 < self.repetition_penalty <= 100.0, "above 0 and at most 100"),
+            ("presence_penalty", -2.0 <= self.presence_penalty <= 2.0, "between -2 and 2"),
+            ("frequency_penalty", -2.0 <= self.frequency_penalty <= 2.0, "between -2 and 2"),
+            ("max_tokens", self.max_tokens is None or self.max_tokens >= 1, "None or at least 1"),
+            ("min_tokens", self.min_tokens >= 0, "0 or more"),
+            ("logprobs", self.logprobs is None or 0 <= self.logprobs <= 20, "None or between 0 and 20"),
+            ("stop", all(isinstance(s, str) and s for s in stop), "non-empty strings"),
+        )
+        for name, good, rule in checks:
+            if not good:
+                raise ConfigError(f"SamplingParams.{name} must be {rule}, got {getattr(self, name)!r}")
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> SamplingParams:
+        """Build from a mapping; an unknown key is a ConfigError that names it and the known ones."""
+        known = {f.name for f in fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise ConfigError(f"unknown sampling option {unknown[0]!r}; known: {', '.join(sorted(known))}")
+        return cls(**values)
+
+
+@dataclass(frozen=True, slots=True)
+class Logprob:
+    """One token's log probability at a step (of the distribution before penalties and truncation) and its rank from 1."""
+
+    logprob: float
+    rank: int
+
+
+@dataclass(slots=True)
+class CompletionOutput:
+    """One answer. `finish_reason` is None while running, then one of FINISH_REASONS."""
+
+    index: int
+    text: str
+    token_ids: list[int]
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+    logprobs: list[dict[int, Logprob]] | None = None
+    cumulative_logprob: float | None = None
+
+
+@dataclass(slots=True)
+class RequestMetrics:
+    """Seconds by stage and counts of one request. Times are durations, not clock readings."""
+
+    queue_s: float = 0.0
+    preprocess_s: float = 0.0
+    encode_s: float = 0.0
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+    time_to_first_token_s: float = 0.0
+    num_image_tokens: int = 0
+    num_preemptions: int = 0
+
+
+@dataclass(slots=True)
+class RequestOutput:
+    """The state of one request; `finished` tells whether it will change again."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    finished: bool
+    metrics: RequestMetrics = field(default_factory=RequestMetrics)
+
+
+@dataclass(frozen=True, slots=True)
+class KVCacheView:
+    """The paged KV-cache as the models see it.
+
+    keys, values  one tensor per layer, [num_blocks, block_size, K, D], activation dtype
+    """
+
+    keys: tuple[torch.Tensor, ...]
+    values: tuple[torch.Tensor, ...]
+    block_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardBatch:
+    """Everything a forward pass needs, as flat tensors; several sequences, prefill chunks and decodes mixed.
+
+    token_ids     [N] int32   all sequences' new tokens, one after another
+    positions     [N] int32   position of each token in its own sequence
+    slots         [N] int32   where its key and value go: block_id * block_size + offset
+    query_starts  [S+1] int32 sequence s owns rows query_starts[s] : query_starts[s+1]
+    context_lens  [S] int32   tokens of sequence s in the cache once this pass has stored its own
+    block_tables  [S, M] int32 block ids of each sequence, padded with 0
+    logit_rows    [L] int32   rows of which logits are wanted
+    image_index   [I] int32   rows whose embedding is replaced by image_rows (None if no image rows in this pass)
+    image_rows    [I, C]      vision rows, activation dtype
+    """
+
+    token_ids: torch.Tensor
+    positions: torch.Tensor
+    slots: torch.Tensor
+    query_starts: torch.Tensor
+    context_lens: torch.Tensor
+    block_tables: torch.Tensor
+    logit_rows: torch.Tensor
+    image_index: torch.Tensor | None = None
+    image_rows: torch.Tensor | None = None
