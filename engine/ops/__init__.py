@@ -3,8 +3,8 @@
 A backend is an object with these methods (`reference` in torch is always complete and is the test oracle; `native` is
 C++). `registry.resolve_ops` chooses a backend for each op once, when a model is built, and returns one `Ops` table.
 Common rules:
-- Activations are float32 or bfloat16, last axis contiguous. Sums, softmax and norms are computed in float32; a result is
-  rounded to the activation dtype once, at the end of the op.
+- Activations are float32 or bfloat16, last axis contiguous. Sums, softmax and norms are computed in float32; a result
+  is rounded to the activation dtype once, at the end of the op.
 - `out` is written and returned when given (it may be `x` or `residual` itself where the docstring says so), otherwise a
   new tensor is made. Packed weights come from the same backend's `pack_*`.
 - Batch invariance (native): a row's result has the same bits whatever other rows are in the call.
@@ -58,6 +58,13 @@ class RopeTable:
     cos: Tensor
     sin: Tensor
 
+    @classmethod
+    def build(cls, num_positions: int, head_dim: int, theta: float) -> RopeTable:
+        """The table for positions 0 .. num_positions-1. head_dim is even."""
+        exponents = torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim
+        angles = torch.outer(torch.arange(num_positions, dtype=torch.float64), theta**-exponents)
+        return cls(angles.cos().float(), angles.sin().float())
+
 
 @dataclass(frozen=True, slots=True)
 class Routing:
@@ -82,17 +89,22 @@ class Ops(Protocol):
 
     # ---- packing, once at load -------------------------------------------------------------------------------------
     def pack_linear(self, weight: Tensor, bias: Tensor | None = None) -> Any:
-        """weight [O, C] row-major, bias [O]; returns a packed linear with attributes out_features, in_features, dtype."""
+        """weight [O, C] row-major, bias [O]; the result has the attributes out_features, in_features, dtype."""
 
     def pack_swiglu(self, gate: Tensor, up: Tensor, down: Tensor) -> Any:
         """gate, up [I, C], down [C, I]; returns a packed SwiGLU feed-forward."""
 
-    def pack_moe(self, router: Tensor, gate: list[Tensor], up: list[Tensor], down: list[Tensor], shared: Any | None) -> Any:
+    def pack_moe(
+        self, router: Tensor, gate: list[Tensor], up: list[Tensor], down: list[Tensor], shared: Any | None
+    ) -> Any:
         """router [E, C]; gate[e], up[e] [I, C]; down[e] [C, I]; shared: a pack_swiglu result or None."""
 
     # ---- decoder ---------------------------------------------------------------------------------------------------
     def embedding(self, token_ids: Tensor, table: Tensor, out: Tensor | None = None) -> Tensor:
-        """out[n] = table[token_ids[n]].  token_ids [N] int32, table [V, C] -> [N, C]. An id outside 0..V-1 is a ShapeError."""
+        """out[n] = table[token_ids[n]].  token_ids [N] int32, table [V, C] -> [N, C].
+
+        An id outside 0..V-1 is a ShapeError.
+        """
 
     def linear(
         self,
@@ -131,8 +143,8 @@ class Ops(Protocol):
     ) -> Tensor:
         """Optional RMSNorm of each q and k head, rotate-half RoPE on both, then k and v go to the paged cache.
 
-        qkv [N, (H+2K)*D] laid out q | k | v; positions, slots [N] int32; keys, values [num_blocks, block_size, K, D] are
-        written in place at slot = block*block_size + offset. Rotation: pairs (i, i+D/2),
+        qkv [N, (H+2K)*D] laid out q | k | v; positions, slots [N] int32; keys, values [num_blocks, block_size, K, D]
+        are written in place at slot = block*block_size + offset. Rotation: pairs (i, i+D/2),
         out_i = x_i cos_i - x_{i+D/2} sin_i; out_{i+D/2} = x_{i+D/2} cos_i + x_i sin_i, in float32.
         Returns the rotated queries [N, H, D]. A slot or position outside its table is a ShapeError.
         """
@@ -155,7 +167,10 @@ class Ops(Protocol):
         """
 
     def swiglu_ffn(self, x: Tensor, ffn: Any, residual: Tensor | None = None, out: Tensor | None = None) -> Tensor:
-        """out = down(silu(gate(x)) * up(x)) + residual.  The product is rounded to x's dtype once. `out` may be `residual`."""
+        """out = down(silu(gate(x)) * up(x)) + residual.
+
+        The product is rounded to x's dtype once. `out` may be `residual`.
+        """
 
     def moe_routing(self, logits: Tensor, top_k: int, renormalize: bool, scale: float) -> Routing:
         """scores = softmax(logits [N, E] float32); the top_k largest, lowest id first among equals; see Routing."""
@@ -176,19 +191,22 @@ class Ops(Protocol):
         residual: Tensor | None = None,
         out: Tensor | None = None,
     ) -> Tensor:
-        """out = routed experts(x) + shared(x) + residual, summed in float32, rounded once. Router logits are float32."""
+        """out = routed experts(x) + shared(x) + residual, summed in float32, rounded once; `out` may be `residual`.
+
+        Router logits are float32.
+        """
 
     # ---- vision ----------------------------------------------------------------------------------------------------
     def patch_embed(self, pixels: Tensor, weight: Any, patch_size: int) -> Tensor:
-        """Non-overlapping patches times weight.  pixels [B, 3, S, S]; weight packed [C, 3*p*p] with bias -> [B, g, g, C]."""
+        """Non-overlapping patches times weight.  pixels [B, 3, S, S]; packed weight [C, 3*p*p], bias -> [B, g, g, C]."""
 
     def window_attention(
         self, qkv: Tensor, pad_qkv: Tensor, rel_h: Tensor, rel_w: Tensor, num_heads: int, window: int
     ) -> Tensor:
         """SAM attention with decomposed relative positions (ViTDet), in windows or over the whole grid (window 0).
 
-        qkv [B, G, G, 3*C] laid out q | k | v, each C = num_heads*D. The grid is padded at bottom and right to a multiple of
-        the window; a padded position has q|k|v = pad_qkv [3*C] (the qkv bias) and takes part unmasked.
+        qkv [B, G, G, 3*C] laid out q | k | v, each C = num_heads*D. The grid is padded at bottom and right to a
+        multiple of the window; a padded position has q|k|v = pad_qkv [3*C] (the qkv bias) and takes part unmasked.
         rel_h, rel_w [2*w-1, D] float32 tables (w = window, or G). logits = q.k/sqrt(D) + q.rel_h[i_q-i_k+w-1]
         + q.rel_w[j_q-j_k+w-1], q unscaled in both terms. Returns [B, G, G, C].
         """
@@ -198,7 +216,10 @@ class Ops(Protocol):
 
     def conv_downsample(self, x: Tensor, neck: Any, eps: float) -> Tensor:
         """SAM neck and two stride-2 convolutions: conv1x1, LayerNorm over channels, conv3x3 pad 1, LayerNorm,
-        conv3x3 stride 2 pad 1, conv3x3 stride 2 pad 1; no activation.  x [B, G, G, C] -> [B, G/4, G/4, C_out] channels last."""
+        conv3x3 stride 2 pad 1, conv3x3 stride 2 pad 1; no activation.  x [B, G, G, C] -> [B, G/4, G/4, F3].
+        """
 
     def pack_conv_downsample(self, weights: dict[str, Tensor]) -> Any:
-        """weights: conv1 [F,C,1,1], norm1_weight/bias [F], conv2 [F,F,3,3], norm2_weight/bias [F], down1 [F2,F,3,3], down2 [F3,F2,3,3]."""
+        """weights: conv1 [F, C, 1, 1], norm1_weight, norm1_bias [F], conv2 [F, F, 3, 3], norm2_weight, norm2_bias [F],
+        down1 [F2, F, 3, 3], down2 [F3, F2, 3, 3].
+        """
