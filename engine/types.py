@@ -95,7 +95,7 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True)
 class Logprob:
-    """One token's log probability at a step (of the distribution before penalties and truncation) and its rank from 1."""
+    """A token's log probability at a step, before penalties and truncation, and its rank counted from 1."""
 
     logprob: float
     rank: int

@@ -1,0 +1,108 @@
+"""`pagelens bench`: one page through the whole pipeline, seconds and peak memory by stage, JSON as the last line.
+
+The answer's end mark is ignored so that every run decodes the same number of tokens, whatever the weights say.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from typing import Any
+
+from ..doctor import usable_cores
+from ..errors import ConfigError
+from ..reader import Reader, default_prompt
+from ..types import SamplingParams
+
+
+class PeakMemory:
+    """Peak resident memory of this process since the last `restart`, in bytes, where /proc tells; else None.
+
+    Linux resets its high-water mark when 5 is written to clear_refs; where that is refused the peak is since the start.
+    """
+
+    def restart(self) -> None:
+        try:
+            with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
+                file.write("5")
+        except OSError:
+            return
+
+    def read(self) -> int | None:
+        try:
+            with open("/proc/self/status", encoding="ascii", errors="replace") as file:
+                for line in file:
+                    if line.startswith("VmHWM:"):
+                        return int(line.split()[1]) * 1024
+        except OSError:
+            return None
+        return None
+
+
+def generated_page(size: str) -> Any:
+    """A grey page with dark bars as lines of "text"; only its size matters for timing."""
+    from PIL import Image, ImageDraw
+
+    try:
+        width, height = (int(part) for part in size.lower().split("x"))
+    except ValueError:
+        raise ConfigError(f"--size must be WIDTHxHEIGHT in pixels, such as 1240x1754; got {size!r}") from None
+    if not (1 <= width <= 20_000 and 1 <= height <= 20_000):
+        raise ConfigError(f"--size {size}: both sides must be between 1 and 20000 pixels")
+    page = Image.new("RGB", (width, height), (240, 240, 236))
+    draw = ImageDraw.Draw(page)
+    for line, top in enumerate(range(20, height - 20, 36)):
+        draw.rectangle((20, top, width - 20 - 97 * (line % 5), top + 14), fill=(40, 40, 48))
+    return page
+
+
+def run(args: argparse.Namespace, options: dict[str, Any]) -> int:
+    """Load, read one page, print a table and a JSON line."""
+    if args.tokens < 2:
+        raise ConfigError(f"--tokens {args.tokens}: at least 2 tokens are needed to time decoding")
+    image = args.image if args.image else generated_page(args.size)
+    peak = PeakMemory()
+    started = time.perf_counter()
+    peak.restart()
+    with Reader(args.model, max_num_seqs=1, **options) as reader:
+        rows: list[tuple[str, float, int | None]] = [("load model", time.perf_counter() - started, peak.read())]
+        sampling = SamplingParams(max_tokens=args.tokens, ignore_eos=True, detect_repetition=False)
+        peak.restart()
+        stream = reader.stream(image, args.mode, default_prompt(reader.processor), sampling, args.max_crops)
+        page = stream.result()
+        memory = peak.read()
+    seconds = page.usage.seconds
+    rows += [(stage, seconds[stage], None) for stage in ("load", "preprocess", "encode", "prefill", "decode")]
+    rows[-1] = ("decode", seconds["decode"], memory)
+    tokens = page.usage.text_tokens
+    decode_rate = (tokens - 1) / seconds["decode"] if seconds["decode"] > 0 else 0.0
+    print_table(rows, page.usage, decode_rate, memory)
+    record = {
+        "model": args.model or "built-in",
+        "options": options,
+        "mode": page.usage.mode,
+        "grid": [page.usage.columns, page.usage.rows],
+        "image_tokens": page.usage.image_tokens,
+        "text_tokens": tokens,
+        "seconds": {"load_model": rows[0][1], **seconds},
+        "decode_tokens_per_s": decode_rate,
+        "peak_bytes": {"load_model": rows[0][2], "page": memory},
+        "threads": options["num_threads"] or usable_cores(),
+    }
+    print(json.dumps(record))
+    sys.stdout.flush()
+    return 0
+
+
+def print_table(rows: list[tuple[str, float, int | None]], usage: Any, decode_rate: float, memory: int | None) -> None:
+    grid = f"{usage.columns}x{usage.rows} tiles" if usage.columns * usage.rows > 1 else "no tiles"
+    print(f"mode {usage.mode} ({grid}), {usage.image_tokens} image tokens, {usage.text_tokens} text tokens")
+    print(f"{'stage':12} {'seconds':>9} {'peak RSS':>10}")
+    for stage, seconds, peak_bytes in rows:
+        shown = f"{peak_bytes / 2**30:.2f} GiB" if peak_bytes else ""
+        print(f"{stage:12} {seconds:9.3f} {shown:>10}")
+    print(f"decode {decode_rate:.1f} tokens/s")
+    if memory:
+        print(f"peak resident memory of the page (model included): {memory / 2**30:.2f} GiB")

@@ -1,0 +1,117 @@
+"""The `pagelens` command: read, doctor, bench. Parses arguments and prints; the work is done in layer 5.
+
+stdout carries results only (Markdown, or JSON with --json); notes, progress and errors go to stderr. Exit status 0: all
+done; 1: broken pipe; 2: an input or option was refused (other inputs of the call are still done); 130: interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from . import __version__
+from .errors import PagelensError
+
+EXIT_OK, EXIT_PIPE, EXIT_REFUSED, EXIT_INTERRUPTED = 0, 1, 2, 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit status."""
+    args = build_parser().parse_args(argv)
+    try:
+        return int(args.run(args))
+    except PagelensError as error:
+        return complain(str(error))
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # The reader of our output is gone; keep the interpreter from complaining about it when it flushes at exit.
+        sys.stdout = None  # type: ignore[assignment]
+        return EXIT_PIPE
+
+
+def complain(message: str) -> int:
+    """Print one line on stderr and return the status of a refused input."""
+    print(f"pagelens: {' '.join(message.split())}", file=sys.stderr)
+    return EXIT_REFUSED
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="pagelens", description="Read page images as Markdown.")
+    parser.add_argument("--version", action="version", version=f"pagelens {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    read = commands.add_parser("read", help="read page images and print Markdown")
+    read.add_argument("files", nargs="+", metavar="FILE", help="page image (PNG, JPEG, WEBP, TIFF, BMP, GIF)")
+    add_engine_options(read)
+    read.add_argument("--mode", help="tiny, small, base, large, gundam, gundam-master; default: the checkpoint's")
+    read.add_argument("--prompt", help="prompt text, or the name of one of the checkpoint's prompts")
+    read.add_argument("--max-tokens", type=int, help="most tokens to write for a page")
+    read.add_argument("--max-crops", type=int, help="most tiles of a page in a tiled mode")
+    read.add_argument("--out", metavar="DIR", help="write result.md, images/, overlay.png and page.json there")
+    read.add_argument("--json", action="store_true", help="print one JSON object a page instead of Markdown")
+    read.add_argument("--progress", action=argparse.BooleanOptionalAction, help="progress bar on stderr")
+    read.set_defaults(run=run_read)
+
+    doctor = commands.add_parser("doctor", help="show the machine and which kernels would be used")
+    doctor.add_argument("--backend", default="auto", choices=("auto", "reference", "native"))
+    doctor.add_argument("--json", action="store_true", help="print JSON")
+    doctor.set_defaults(run=run_doctor)
+
+    bench = commands.add_parser("bench", help="time one page by stage, with peak memory")
+    add_engine_options(bench)
+    bench.add_argument("--image", metavar="FILE", help="page to read; default: a generated one of --size")
+    bench.add_argument("--size", default="1240x1754", help="width x height of the generated page")
+    bench.add_argument("--mode", help="as for read")
+    bench.add_argument("--max-crops", type=int, help="as for read")
+    bench.add_argument("--tokens", type=int, default=32, help="tokens to decode (the end mark is ignored)")
+    bench.set_defaults(run=run_bench)
+    return parser
+
+
+def add_engine_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", help="checkpoint folder or hub id; default: the small built-in reader")
+    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
+    parser.add_argument("--backend", default="auto", choices=("auto", "reference", "native"))
+    parser.add_argument("--threads", type=int, help="worker threads; default: the cores this process may use")
+
+
+def engine_options(args: argparse.Namespace) -> dict[str, Any]:
+    return {"dtype": args.dtype, "backend": args.backend, "num_threads": args.threads}
+
+
+def run_read(args: argparse.Namespace) -> int:
+    from .read_files import read_files
+
+    return read_files(args, engine_options(args))
+
+
+def run_doctor(args: argparse.Namespace) -> int:
+    from .doctor import examine
+
+    report = examine(args.backend)
+    if args.json:
+        print(json.dumps(report.to_dict(), indent=1))
+        return EXIT_OK
+    for title, rows in (("versions", report.versions), ("machine", report.machine), ("extras", report.extras)):
+        print(f"{title}:")
+        for name, value in rows.items():
+            print(f"  {name:18} {value}")
+    print("ops:")
+    for row in report.ops:
+        mark = "chosen" if row["chosen"] else "-"
+        print(f"  {row['op']:20} {row['backend']:10} {mark:7} {row['reason']}")
+    return EXIT_OK
+
+
+def run_bench(args: argparse.Namespace) -> int:
+    from .bench.page import run
+
+    return run(args, engine_options(args))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,122 @@
+"""The work behind `pagelens read`: several files in flight, Markdown in order on stdout, one clear line for a bad file.
+
+A bad file never stops the others; the exit status then is 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from .cli import EXIT_OK, EXIT_REFUSED, complain
+from .errors import PagelensError
+from .reader import BUILTIN_NOTE, PageStream, Reader
+from .types import SamplingParams
+
+PAGES_IN_FLIGHT = 8
+
+Started = tuple[str, "PageStream | None"]
+
+
+def read_files(args: argparse.Namespace, options: dict[str, Any]) -> int:
+    """Read every file of the command line; returns the exit status."""
+    sampling = SamplingParams(max_tokens=args.max_tokens)
+    if args.model is None:
+        print(f"pagelens: {BUILTIN_NOTE}", file=sys.stderr)
+    status = EXIT_OK
+    with Reader(args.model, **options) as reader:
+        folders = output_folders(args.out, args.files)
+        printed = False
+        with progress_bar(args, len(args.files)) as bar:
+            for file, stream in started_in_order(reader, args, sampling):
+                if stream is None:
+                    status = EXIT_REFUSED
+                else:
+                    try:
+                        finish_page(file, stream, args, folders, first=not printed)
+                        printed = True
+                    except (PagelensError, OSError) as error:
+                        report_failure(file, error, args)
+                        status = EXIT_REFUSED
+                bar.update(1)
+    return status
+
+
+def started_in_order(reader: Reader, args: argparse.Namespace, sampling: SamplingParams) -> Iterator[Started]:
+    """Yield (file, stream) in the order given, keeping up to PAGES_IN_FLIGHT pages started; None for a bad file."""
+    ahead: deque[Started] = deque()
+    waiting = deque(args.files)
+    while waiting or ahead:
+        while waiting and len(ahead) < PAGES_IN_FLIGHT:
+            file = waiting.popleft()
+            ahead.append((file, start_page(reader, file, args, sampling)))
+        yield ahead.popleft()
+
+
+def start_page(reader: Reader, file: str, args: argparse.Namespace, sampling: SamplingParams) -> PageStream | None:
+    try:
+        return reader.stream(file, args.mode, args.prompt, sampling, args.max_crops)
+    except (PagelensError, OSError) as error:
+        report_failure(file, error, args)
+        return None
+
+
+def report_failure(file: str, error: Exception, args: argparse.Namespace) -> None:
+    reason = error.strerror or str(error) if isinstance(error, OSError) else str(error)
+    message = reason if file in reason else f"{file}: {reason}"
+    complain(message)
+    if args.json:
+        print(json.dumps({"file": file, "error": message}, ensure_ascii=False), flush=True)
+
+
+def finish_page(file: str, stream: PageStream, args: argparse.Namespace, folders: dict[str, Path], first: bool) -> None:
+    """Print one page as it comes and write its folder if --out was given."""
+    if args.json:
+        page = stream.result()
+        print(json.dumps({"file": file, **page.to_dict()}, ensure_ascii=False), flush=True)
+    else:
+        if not first:
+            sys.stdout.write("\n")
+        for piece in stream:
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+        sys.stdout.write("\n")
+        sys.stdout.flush()
+        page = stream.result()
+    if page.finish_reason != "stop":
+        print(f"pagelens: {file}: ended by {page.finish_reason!r}, the text may be incomplete", file=sys.stderr)
+    if args.out is not None:
+        Reader.save(page, file, folders[file])
+
+
+def output_folders(out: str | None, files: list[str]) -> dict[str, Path]:
+    """One folder a file: DIR itself for a single file, else DIR/STEM, numbered where stems collide."""
+    if out is None:
+        return {}
+    if len(set(files)) == 1:
+        return {files[0]: Path(out)}
+    folders: dict[str, Path] = {}
+    taken: set[Path] = set()
+    for file in files:
+        stem, number = Path(file).stem or "page", 2
+        folder = Path(out) / stem
+        while folder in taken and file not in folders:
+            folder, number = Path(out) / f"{stem}-{number}", number + 1
+        folders.setdefault(file, folder)
+        taken.add(folder)
+    return folders
+
+
+def progress_bar(args: argparse.Namespace, total: int) -> Any:
+    """A tqdm bar on stderr. By default only where it cannot tear the Markdown: not when both go to one terminal."""
+    from tqdm import tqdm
+
+    shown = args.progress
+    if shown is None:
+        shown = sys.stderr.isatty() and (args.json or not sys.stdout.isatty())
+    return tqdm(total=total, unit="page", file=sys.stderr, disable=not shown)
