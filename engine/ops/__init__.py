@@ -99,6 +99,14 @@ class Ops(Protocol):
     ) -> Any:
         """router [E, C]; gate[e], up[e] [I, C]; down[e] [C, I]; shared: a pack_swiglu result or None."""
 
+    def pack_patch_embed(self, weight: Tensor, bias: Tensor) -> Any:
+        """weight [C, 3, p, p], bias [C], for patch_embed."""
+
+    def pack_conv_downsample(self, weights: dict[str, Tensor]) -> Any:
+        """weights: conv1 [F, C, 1, 1], norm1_weight, norm1_bias [F], conv2 [F, F, 3, 3], norm2_weight, norm2_bias [F],
+        down1 [F2, F, 3, 3], down2 [F3, F2, 3, 3].
+        """
+
     # ---- decoder ---------------------------------------------------------------------------------------------------
     def embedding(self, token_ids: Tensor, table: Tensor, out: Tensor | None = None) -> Tensor:
         """out[n] = table[token_ids[n]].  token_ids [N] int32, table [V, C] -> [N, C].
@@ -198,7 +206,7 @@ class Ops(Protocol):
 
     # ---- vision ----------------------------------------------------------------------------------------------------
     def patch_embed(self, pixels: Tensor, weight: Any, patch_size: int) -> Tensor:
-        """Non-overlapping patches times weight.  pixels [B, 3, S, S]; packed weight [C, 3*p*p], bias -> [B, g, g, C]."""
+        """Non-overlapping patches times weight.  pixels [B, 3, S, S]; weight from pack_patch_embed -> [B, g, g, C]."""
 
     def window_attention(
         self, qkv: Tensor, pad_qkv: Tensor, rel_h: Tensor, rel_w: Tensor, num_heads: int, window: int
@@ -217,9 +225,4 @@ class Ops(Protocol):
     def conv_downsample(self, x: Tensor, neck: Any, eps: float) -> Tensor:
         """SAM neck and two stride-2 convolutions: conv1x1, LayerNorm over channels, conv3x3 pad 1, LayerNorm,
         conv3x3 stride 2 pad 1, conv3x3 stride 2 pad 1; no activation.  x [B, G, G, C] -> [B, G/4, G/4, F3].
-        """
-
-    def pack_conv_downsample(self, weights: dict[str, Tensor]) -> Any:
-        """weights: conv1 [F, C, 1, 1], norm1_weight, norm1_bias [F], conv2 [F, F, 3, 3], norm2_weight, norm2_bias [F],
-        down1 [F2, F, 3, 3], down2 [F3, F2, 3, 3].
         """

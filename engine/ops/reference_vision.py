@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -12,6 +10,14 @@ from torch.nn import functional
 from ..errors import ShapeError
 
 SCORE_BYTES = 64 << 20  # scores held at a time; one 64x64 grid of one head already takes 67 MB
+
+
+@dataclass(frozen=True, slots=True)
+class PackedPatchEmbed:
+    """weight [C, 3, p, p], bias [C] as they came."""
+
+    weight: Tensor
+    bias: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,20 +62,26 @@ def relative_rows(table: Tensor, size: int) -> Tensor:
 class ReferenceVisionOps:
     """The ops patch_embed, window_attention, attention and conv_downsample of the contract."""
 
-    def linear(self, x: Tensor, weight: Any) -> Tensor:
-        raise NotImplementedError
-
-    def patch_embed(self, pixels: Tensor, weight: Any, patch_size: int) -> Tensor:
-        batch, channels, height, width = pixels.shape
-        if height != width or height % patch_size or weight.in_features != channels * patch_size**2:
+    def pack_patch_embed(self, weight: Tensor, bias: Tensor) -> PackedPatchEmbed:
+        if weight.ndim != 4 or weight.shape[2] != weight.shape[3] or bias.shape != weight.shape[:1]:
             raise ShapeError(
-                f"patch_embed: pixels must be [B, {weight.in_features // patch_size**2}, S, S] with S a multiple of "
-                f"{patch_size}, got {list(pixels.shape)}"
+                f"pack_patch_embed: needs [C, 3, p, p] and [C], got {list(weight.shape)}, {list(bias.shape)}"
             )
-        grid = height // patch_size
-        patches = pixels.view(batch, channels, grid, patch_size, grid, patch_size).permute(0, 2, 4, 1, 3, 5)
-        rows = patches.reshape(batch * grid * grid, weight.in_features)
-        return self.linear(rows, weight).view(batch, grid, grid, weight.out_features)
+        return PackedPatchEmbed(weight, bias)
+
+    def pack_conv_downsample(self, weights: dict[str, Tensor]) -> PackedConvDownsample:
+        return PackedConvDownsample(**weights)
+
+    def patch_embed(self, pixels: Tensor, weight: PackedPatchEmbed, patch_size: int) -> Tensor:
+        kernel = weight.weight
+        good = pixels.ndim == 4 and pixels.shape[2] == pixels.shape[3] and pixels.shape[2] % patch_size == 0
+        if not good or tuple(kernel.shape[1:]) != (pixels.shape[1], patch_size, patch_size):
+            raise ShapeError(
+                f"patch_embed: pixels must be [B, {kernel.shape[1]}, S, S], S a multiple of {kernel.shape[2]}, "
+                f"got {list(pixels.shape)} and patch_size {patch_size}"
+            )
+        y = functional.conv2d(pixels.float(), kernel.float(), weight.bias.float(), stride=patch_size)
+        return y.permute(0, 2, 3, 1).contiguous().to(pixels.dtype)
 
     def window_attention(
         self, qkv: Tensor, pad_qkv: Tensor, rel_h: Tensor, rel_w: Tensor, num_heads: int, window: int
@@ -130,6 +142,3 @@ class ReferenceVisionOps:
         y = functional.conv2d(y, neck.down1.float(), stride=2, padding=1)
         y = functional.conv2d(y, neck.down2.float(), stride=2, padding=1)
         return y.permute(0, 2, 3, 1).contiguous().to(x.dtype)
-
-    def pack_conv_downsample(self, weights: dict[str, Tensor]) -> PackedConvDownsample:
-        return PackedConvDownsample(**weights)

@@ -1,0 +1,144 @@
+"""Chooses a backend for every op, once, when a model is built.
+
+`auto` takes native for an op when it implements it and supports all of the model's cases of it, otherwise reference. A
+forced backend raises UnsupportedError for an op that it implements but cannot run; ops that native has not got yet run
+on reference and are reported so. Nothing is chosen again later: there is no silent fallback.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, cast
+
+from ..errors import ConfigError, UnsupportedError
+from . import OP_NAMES, OpCase, Ops
+from .reference import ReferenceOps
+
+Backend = Literal["auto", "reference", "native"]
+BACKENDS: tuple[str, ...] = ("auto", "reference", "native")
+PACKED_BY = {
+    "pack_linear": "linear",
+    "pack_swiglu": "swiglu_ffn",
+    "pack_moe": "moe_ffn",
+    "pack_patch_embed": "patch_embed",
+    "pack_conv_downsample": "conv_downsample",
+}
+# Each of these reads what another one's backend packed (the shared expert is a swiglu_ffn), so one backend runs them all.
+SAME_BACKEND = ("moe_ffn", "swiglu_ffn", "grouped_gemm")
+
+
+@dataclass(frozen=True, slots=True)
+class OpChoice:
+    """One line of `explain`: whether `backend` runs `op`, and why or why not."""
+
+    op: str
+    backend: str
+    chosen: bool
+    reason: str
+
+
+class _NativeBackend(Protocol):
+    """What the registry asks of an adapter besides the ops themselves."""
+
+    IMPLEMENTED: frozenset[str]
+
+    def supports(self, case: OpCase) -> str | None: ...
+
+    def close(self) -> None: ...
+
+
+class OpsTable:
+    """An `Ops` whose every method is the chosen backend's own bound method, so that a call costs nothing more."""
+
+    def __init__(self, backends: dict[str, Any], choices: list[OpChoice], owned: Sequence[Any]) -> None:
+        self.backend_of = {op: backend.name for op, backend in backends.items()}
+        self.name = "+".join(sorted(set(self.backend_of.values())))
+        self._choices = choices
+        self._owned = tuple(owned)
+        for op, backend in backends.items():
+            setattr(self, op, getattr(backend, op))
+        for pack, op in PACKED_BY.items():
+            setattr(self, pack, getattr(backends[op], pack))
+
+    def explain(self) -> list[OpChoice]:
+        """Op by op, every backend: chosen or not, with the reason."""
+        return list(self._choices)
+
+    def close(self) -> None:
+        """Release the backends' threads and memory. Packed weights must not be used afterwards. Idempotent."""
+        for backend in self._owned:
+            backend.close()
+        self._owned = ()
+
+
+def _load_native(num_threads: int | None) -> tuple[_NativeBackend | None, str]:
+    """The native backend, or None and the sentence that says why it is not there."""
+    try:
+        from .native import NativeOps
+    except ImportError as error:
+        return None, f"the native extension is not built ({error}); run `pip install -e .`"
+    try:
+        return cast(_NativeBackend, NativeOps(num_threads)), ""
+    except UnsupportedError as error:
+        return None, str(error)
+
+
+def _refusals(native: _NativeBackend | None, missing: str, cases: Iterable[OpCase]) -> dict[str, str]:
+    """Op name -> why native does not run it (absent if it does)."""
+    if native is None:
+        return dict.fromkeys(OP_NAMES, missing)
+    refusals = {op: "native does not have this op yet" for op in OP_NAMES if op not in native.IMPLEMENTED}
+    for case in cases:
+        sentence = native.supports(case) if case.op in native.IMPLEMENTED else None
+        if sentence:
+            refusals.setdefault(case.op, sentence)
+    return refusals
+
+
+def _spread(refusals: dict[str, str]) -> None:
+    """If native cannot run one of SAME_BACKEND, it runs none of them."""
+    for leader in [op for op in SAME_BACKEND if op in refusals]:
+        for op in SAME_BACKEND:
+            refusals.setdefault(op, f"shares packed weights with {leader}, which native does not run")
+
+
+def resolve_ops(backend: Backend, cases: Sequence[OpCase] = (), num_threads: int | None = None) -> OpsTable:
+    """The table of chosen implementations for a model that will ask `cases`.
+
+    num_threads  size of native's pool; None = the machine's physical cores
+    Raises ConfigError for an unknown backend; UnsupportedError if native is forced and is missing or refuses a case.
+    """
+    if backend not in BACKENDS:
+        raise ConfigError(f"backend={backend!r} is not one of {', '.join(BACKENDS)}")
+    unknown = sorted({case.op for case in cases} - set(OP_NAMES))
+    if unknown:
+        raise ConfigError(f"unknown op {unknown[0]!r}; known: {', '.join(OP_NAMES)}")
+    reference: Any = ReferenceOps()
+    native, missing = (None, "reference was asked for") if backend == "reference" else _load_native(num_threads)
+    if backend == "native" and native is None:
+        raise UnsupportedError(f"backend native cannot run: {missing}")
+    refusals = _refusals(native, missing, cases)
+    if backend == "native" and native is not None:
+        _raise_first_refusal(native, refusals)
+    _spread(refusals)
+    backends = {op: reference if op in refusals else native for op in OP_NAMES}
+    choices: list[OpChoice] = []
+    for op in OP_NAMES:
+        runs_native = op not in refusals
+        choices.append(OpChoice(op, "native", runs_native, refusals.get(op, "implemented, supports this model")))
+        reason = "native runs this op" if runs_native else "complete: runs every op"
+        choices.append(OpChoice(op, "reference", not runs_native, reason))
+    return OpsTable(backends, choices, [native] if native is not None else [])
+
+
+def _raise_first_refusal(native: _NativeBackend, refusals: dict[str, str]) -> None:
+    for op, sentence in refusals.items():
+        if op in native.IMPLEMENTED:
+            native.close()
+            raise UnsupportedError(f"backend native cannot run {op}: {sentence}; use backend='auto'")
+
+
+def as_ops(table: OpsTable) -> Ops:
+    """The table seen as the contract (its methods are attributes, which a type checker cannot follow)."""
+    return cast(Ops, table)
