@@ -1,0 +1,158 @@
+"""The command line as a user meets it: results on stdout, everything else on stderr, one clear line for bad input."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import pytest
+
+from pagelens.cli import main
+from pagelens.reader import builtin_model
+
+ROOT = Path(__file__).resolve().parents[2]
+SAMPLES = ROOT / "engine" / "assets" / "samples"
+SAMPLE = SAMPLES / "notice.png"
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG that announces a size and then ends."""
+    ihdr = b"IHDR" + width.to_bytes(4, "big") + height.to_bytes(4, "big") + b"\x08\x02\x00\x00\x00"
+    return b"\x89PNG\r\n\x1a\n" + (13).to_bytes(4, "big") + ihdr + zlib.crc32(ihdr).to_bytes(4, "big")
+
+
+def bad_files(folder: Path) -> dict[str, Path]:
+    sample = SAMPLE.read_bytes()
+    contents = {
+        "zero.png": b"",
+        "text.png": b"hello, I am no image\n" * 20,
+        "cut.png": sample[: len(sample) // 2],
+        "huge.png": png_header(60_000, 60_000),
+        "absurd.png": png_header(2**31 - 1, 2**31 - 1),
+    }
+    paths = {}
+    for name, data in contents.items():
+        paths[name] = folder / name
+        paths[name].write_bytes(data)
+    paths["missing.png"] = folder / "missing.png"
+    paths["folder.png"] = folder / "folder.png"
+    paths["folder.png"].mkdir()
+    return paths
+
+
+def error_lines(text: str) -> list[str]:
+    lines = [line for line in text.splitlines() if line.strip()]
+    return [line for line in lines if "built-in reader" not in line]
+
+
+def test_read_prints_markdown_and_nothing_else(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["read", str(SAMPLE), "--max-tokens", "200"]) == 0
+    out, err = capsys.readouterr()
+    assert len(out.strip()) > 20
+    assert "pagelens" not in out
+    assert "small built-in reader" in err
+    assert "--model" in err
+
+
+def test_json_is_one_object_a_page(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["read", str(SAMPLE), str(SAMPLE), "--json", "--max-tokens", "60"]) == 0
+    records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert len(records) == 2
+    assert records[0]["markdown"] == records[1]["markdown"]
+    assert records[0]["file"] == str(SAMPLE)
+    assert records[0]["finish_reason"] in ("stop", "length")
+
+
+def test_out_writes_the_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["read", str(SAMPLE), "--out", str(tmp_path / "deep" / "out"), "--max-tokens", "60"]) == 0
+    out = capsys.readouterr().out
+    folder = tmp_path / "deep" / "out"
+    assert (folder / "result.md").read_text(encoding="utf-8").strip() == out.strip()
+    assert json.loads((folder / "page.json").read_text(encoding="utf-8"))["markdown"].strip() == out.strip()
+    assert (folder / "overlay.png").stat().st_size > 0
+
+
+def test_bad_files_get_one_line_each_and_the_others_are_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths = bad_files(tmp_path)
+    files = [str(SAMPLE), *map(str, paths.values()), str(SAMPLE)]
+    assert main(["read", *files, "--max-tokens", "30", "--json"]) == 2
+    out, err = capsys.readouterr()
+    records = [json.loads(line) for line in out.splitlines()]
+    assert sum("markdown" in record for record in records) == 2
+    assert sum("error" in record for record in records) == len(paths)
+    lines = [line for line in error_lines(err) if "ended by" not in line]
+    assert len(lines) == len(paths)
+    for name, path in paths.items():
+        assert sum(str(path) in line for line in lines) == 1, name
+
+
+@pytest.mark.parametrize(
+    ("options", "needle"),
+    [
+        (["--mode", "gigantic"], "gigantic"),
+        (["--mode", "large"], "large"),
+        (["--prompt", "word " * 3000], "max_model_len"),
+        (["--prompt", "<image><image>"], "<image>"),
+        (["--max-tokens", "0"], "max_tokens"),
+        (["--model", "no/such/folder/anywhere"], "no/such/folder/anywhere"),
+        (["--threads", "0"], "num_threads"),
+    ],
+)
+def test_bad_options_are_one_clear_line(options: list[str], needle: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["read", str(SAMPLE), *options]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    lines = error_lines(err)
+    assert len(lines) == 1
+    assert needle in lines[0]
+    assert "Traceback" not in err
+
+
+def test_missing_shard_and_pickles_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    builtin = builtin_model()
+    for name in ("config.json", "tokenizer.json"):
+        (tmp_path / name).write_bytes((builtin / name).read_bytes())
+    index = {"metadata": {}, "weight_map": {"lm_head.weight": "model-00001-of-00002.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert main(["read", str(SAMPLE), "--model", str(tmp_path)]) == 2
+    assert "model-00001-of-00002.safetensors" in capsys.readouterr().err
+    (tmp_path / "model.safetensors.index.json").unlink()
+    (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x04")
+    assert main(["read", str(SAMPLE), "--model", str(tmp_path)]) == 2
+    assert "safetensors" in capsys.readouterr().err
+
+
+def test_doctor_lists_every_op(capsys: pytest.CaptureFixture[str]) -> None:
+    from pagelens.ops import OP_NAMES
+
+    assert main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    for op in OP_NAMES:
+        assert op in out
+    assert main(["doctor", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    chosen = {row["op"] for row in report["ops"] if row["chosen"]}
+    assert chosen == set(OP_NAMES)
+
+
+def test_bench_prints_stages_and_a_json_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "--size", "200x150", "--tokens", "6"]) == 0
+    out = capsys.readouterr().out
+    record = json.loads(out.splitlines()[-1])
+    assert record["text_tokens"] == 6
+    assert record["seconds"]["decode"] > 0
+    for stage in ("load model", "encode", "prefill", "decode"):
+        assert stage in out
+
+
+def test_the_installed_command_works_without_asserts() -> None:
+    """The whole path under `python -O`, in a process of its own."""
+    command = [sys.executable, "-O", "-m", "pagelens", "read", str(SAMPLE), "--max-tokens", "20"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
