@@ -39,3 +39,7 @@ class UnsupportedError(PagelensError):
 
 class EngineClosedError(PagelensError, RuntimeError):
     """The engine was closed, its process forked, or its loop died; the message says which."""
+
+
+class EngineError(PagelensError, RuntimeError):
+    """A fault while requests were running: logits that are not finite, a broken block table, a forward pass that raised."""

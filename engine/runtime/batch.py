@@ -1,0 +1,125 @@
+"""Turns a Schedule into the flat tensors of a ForwardBatch, in memory allocated once.
+
+A step that only decodes allocates no tensor: the fields of its batch are views of the same few buffers, filled through
+numpy. A batch is therefore valid until the next `build`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..types import ForwardBatch
+from .sequence import Chunk, Schedule, Sequence
+
+ImageRows = Callable[[Sequence, int, int], list[tuple[int, Tensor]]]
+
+
+class BatchBuilder:
+    """Buffers for batches of up to max_batch_tokens tokens of max_num_seqs sequences of max_blocks KV blocks each.
+
+    image_rows(sequence, start, end) returns the vision rows that stand at positions start..end-1, as (position of the
+    first row, rows [n, C]) pieces in order; None if the model reads no images.
+    """
+
+    def __init__(
+        self,
+        max_batch_tokens: int,
+        max_num_seqs: int,
+        max_blocks: int,
+        block_size: int,
+        image_rows: ImageRows | None = None,
+    ) -> None:
+        self.block_size = block_size
+        self._image_rows = image_rows
+        self._token_ids = torch.zeros(max_batch_tokens, dtype=torch.int32)
+        self._positions = torch.zeros(max_batch_tokens, dtype=torch.int32)
+        self._slots = torch.zeros(max_batch_tokens, dtype=torch.int32)
+        self._query_starts = torch.zeros(max_num_seqs + 1, dtype=torch.int32)
+        self._context_lens = torch.zeros(max_num_seqs, dtype=torch.int32)
+        self._logit_rows = torch.zeros(max_num_seqs, dtype=torch.int32)
+        # Whole rows are passed on, so the tensor stays contiguous; entries behind a sequence's own are 0.
+        self._block_tables = torch.zeros((max_num_seqs, max_blocks), dtype=torch.int32)
+        self._np_token_ids = self._token_ids.numpy()
+        self._np_positions = self._positions.numpy()
+        self._np_slots = self._slots.numpy()
+        self._np_query_starts = self._query_starts.numpy()
+        self._np_context_lens = self._context_lens.numpy()
+        self._np_logit_rows = self._logit_rows.numpy()
+        self._np_block_tables = self._block_tables.numpy()
+        self._num_filled = [0] * max_num_seqs
+        self._row_owners: list[tuple[Sequence, int] | None] = [None] * max_num_seqs
+
+    def build(self, schedule: Schedule) -> ForwardBatch:
+        """The batch of a schedule; chunk s of it is sequence s, and the logit rows are those of chunks that sample."""
+        num_tokens = num_logits = 0
+        pieces: list[tuple[int, Tensor]] = []
+        for row, chunk in enumerate(schedule):
+            self._fill_table(row, chunk.sequence)
+            if chunk.count == 1:
+                self._fill_one(num_tokens, chunk)
+            else:
+                self._fill_many(num_tokens, row, chunk)
+            if self._image_rows is not None and chunk.start < chunk.sequence.num_prompt_tokens:
+                shift = num_tokens - chunk.start
+                found = self._image_rows(chunk.sequence, chunk.start, chunk.end)
+                pieces.extend((position + shift, rows) for position, rows in found)
+            num_tokens += chunk.count
+            self._np_query_starts[row + 1] = num_tokens
+            self._np_context_lens[row] = chunk.end
+            if chunk.samples:
+                self._np_logit_rows[num_logits] = num_tokens - 1
+                num_logits += 1
+        num_seqs = len(schedule)
+        image_index, image_rows = _join(pieces)
+        return ForwardBatch(
+            token_ids=self._token_ids[:num_tokens],
+            positions=self._positions[:num_tokens],
+            slots=self._slots[:num_tokens],
+            query_starts=self._query_starts[: num_seqs + 1],
+            context_lens=self._context_lens[:num_seqs],
+            block_tables=self._block_tables[:num_seqs],
+            logit_rows=self._logit_rows[:num_logits],
+            image_index=image_index,
+            image_rows=image_rows,
+        )
+
+    def _fill_table(self, row: int, sequence: Sequence) -> None:
+        """Write a block table; only its new entries if the row already belongs to the sequence, as in most decodes."""
+        blocks, filled = sequence.block_table, self._num_filled[row]
+        owner = (sequence, sequence.num_preemptions)
+        if self._row_owners[row] == owner:
+            for place in range(filled, len(blocks)):
+                self._np_block_tables[row, place] = blocks[place]
+        else:
+            self._np_block_tables[row, : len(blocks)] = blocks
+            self._np_block_tables[row, len(blocks) : filled] = 0
+            self._row_owners[row] = owner
+        self._num_filled[row] = len(blocks)
+
+    def _fill_one(self, at: int, chunk: Chunk) -> None:
+        position = chunk.start
+        self._np_token_ids[at] = chunk.sequence.token_ids[position]
+        self._np_positions[at] = position
+        block = chunk.sequence.block_table[position // self.block_size]
+        self._np_slots[at] = block * self.block_size + position % self.block_size
+
+    def _fill_many(self, at: int, row: int, chunk: Chunk) -> None:
+        part = slice(at, at + chunk.count)
+        positions = np.arange(chunk.start, chunk.end, dtype=np.int32)
+        blocks = self._np_block_tables[row][positions // self.block_size]
+        self._np_token_ids[part] = chunk.sequence.token_ids[chunk.start : chunk.end]
+        self._np_positions[part] = positions
+        self._np_slots[part] = blocks * self.block_size + positions % self.block_size
+
+
+def _join(pieces: list[tuple[int, Tensor]]) -> tuple[Tensor | None, Tensor | None]:
+    """Image pieces (first batch row, rows) as one index and one matrix; a single piece is not copied."""
+    if not pieces:
+        return None, None
+    index = torch.cat([torch.arange(first, first + len(rows), dtype=torch.int32) for first, rows in pieces])
+    rows = pieces[0][1] if len(pieces) == 1 else torch.cat([rows for _, rows in pieces])
+    return index, rows

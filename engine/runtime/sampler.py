@@ -1,0 +1,141 @@
+"""Chooses the next token of each sequence from its row of logits: greedy or seeded sampling, and log probabilities."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+
+from ..errors import EngineError
+from ..types import Logprob, SamplingParams
+from .logits import (
+    LogitsProcessor,
+    MinTokensProcessor,
+    NgramProcessor,
+    PenaltyProcessor,
+    Row,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """token is -1 if `error` tells why none could be chosen."""
+
+    token: int
+    logprobs: dict[int, Logprob] | None = None
+    error: EngineError | None = None
+
+
+class SequenceSampler:
+    """The choice of one sequence's tokens: depends on its own logits, history and seed, never on its neighbours."""
+
+    def __init__(
+        self,
+        params: SamplingParams,
+        prompt: list[int],
+        end_ids: frozenset[int],
+        whitelist: frozenset[int] = frozenset(),
+    ) -> None:
+        """end_ids: tokens that would end the answer (for min_tokens). whitelist: ids that the guard never forbids."""
+        self.params = params
+        # random.Random.random() gives the same numbers for a seed in every Python version, by its documentation.
+        self._random = random.Random(params.seed) if params.temperature > 0 else None
+        self._processors: list[LogitsProcessor] = []
+        penalties = (params.repetition_penalty, params.presence_penalty, params.frequency_penalty)
+        if penalties != (1.0, 0.0, 0.0):
+            self._processors.append(PenaltyProcessor(prompt, *penalties))
+        guard = params.ngram_guard
+        if guard is not None and not isinstance(guard, bool):
+            self._processors.append(NgramProcessor(guard.size, guard.window, whitelist))
+        if params.min_tokens > 0 and end_ids:
+            self._processors.append(MinTokensProcessor(params.min_tokens, end_ids))
+
+    def choose(self, row: Row) -> Sampled:
+        """Choose a token from logits [V], which processors may change in place. Does not record it: see `observe`."""
+        params = self.params
+        raw = row
+        if params.logprobs is not None and self._processors:
+            raw = row.copy()
+        for processor in self._processors:
+            processor.apply(row)
+        best = int(row.argmax())  # the first of equals, and of NaN if there is one
+        if not np.isfinite(row[best]):
+            return Sampled(-1, error=EngineError(_not_finite(row, raw)))
+        token = best if self._random is None else draw(row, params, self._random.random())
+        return Sampled(token, None if params.logprobs is None else top_logprobs(raw, token, params.logprobs))
+
+    def observe(self, token: int) -> None:
+        for processor in self._processors:
+            processor.observe(token)
+
+
+class Sampler:
+    """Chooses for all rows of a pass."""
+
+    def sample(self, logits: Tensor, samplers: list[SequenceSampler]) -> list[Sampled]:
+        """logits [L, V] float32, one row a sampler. Rows of sequences with processors are changed in place."""
+        rows = logits.numpy()
+        return [sampler.choose(row) for sampler, row in zip(samplers, rows, strict=True)]
+
+
+def draw(row: Row, params: SamplingParams, uniform: float) -> int:
+    """Token drawn from softmax(row / temperature) cut to top_k, then min_p, then top_p, by inverting `uniform`.
+
+    uniform lies in [0, 1). Candidates stand in falling order of probability, lowest id first among equals. min_p compares with the largest
+    probability; top_p keeps the fewest tokens whose probabilities, renormalised after the other cuts, reach it.
+    """
+    tokens = np.arange(len(row))
+    if 0 < params.top_k < len(row):
+        kth = np.partition(row, len(row) - params.top_k)[len(row) - params.top_k]
+        above, equal = np.flatnonzero(row > kth), np.flatnonzero(row == kth)
+        tokens = np.concatenate([above, equal[: params.top_k - len(above)]])
+    weights = (row[tokens] - row.max()).astype(np.float64)
+    weights = np.exp(weights / params.temperature)
+    keep = weights > 0
+    if params.min_p > 0:
+        keep &= weights >= params.min_p
+    if params.top_p < 1:
+        # Tokens below this share cannot be among the fewest that reach top_p, even all together; most need no sorting.
+        total = weights[keep].sum()
+        keep &= weights >= (1 - params.top_p) * total / len(weights) * (1 - 1e-9)
+    tokens, weights = tokens[keep], weights[keep]
+    order = np.lexsort((tokens, -weights))
+    tokens, weights = tokens[order], weights[order]
+    cumulative = np.cumsum(weights)
+    if params.top_p < 1:
+        last = int(np.searchsorted(cumulative, params.top_p * total))
+        cumulative = cumulative[: last + 1]
+    place = int(np.searchsorted(cumulative, uniform * cumulative[-1], side="right"))
+    return int(tokens[min(place, len(cumulative) - 1)])
+
+
+def top_logprobs(row: Row, chosen: int, count: int) -> dict[int, Logprob]:
+    """The chosen token's and the `count` most likely tokens' log softmax of a row; ranks from 1, ties by lowest id."""
+    logits = row.astype(np.float64)
+    top = logits.max()
+    normaliser = top + np.log(np.exp(logits - top).sum())
+    found = {chosen: Logprob(float(logits[chosen] - normaliser), _rank(row, chosen))}
+    if count > 0:
+        count = min(count, len(row))
+        kth = np.partition(row, len(row) - count)[len(row) - count]
+        above, equal = np.flatnonzero(row > kth), np.flatnonzero(row == kth)
+        best = np.concatenate([above, equal[: count - len(above)]])
+        for rank, token in enumerate(best[np.lexsort((best, -row[best]))].tolist(), start=1):
+            found[token] = Logprob(float(logits[token] - normaliser), rank)
+    return found
+
+
+def _rank(row: Row, token: int) -> int:
+    value = row[token]
+    return int((row > value).sum() + (row[:token] == value).sum()) + 1
+
+
+def _not_finite(row: Row, raw: Row) -> str:
+    num_nan = int(np.isnan(row).sum())
+    if num_nan:
+        return f"the model returned NaN for {num_nan} of {len(row)} logits; the weights or an op are broken"
+    if np.isposinf(row).any():
+        return "the model returned an infinite logit; the weights or an op are broken"
+    return "every token is forbidden: the model's logits are all -inf, or the sampling rules exclude all of them"

@@ -1,0 +1,151 @@
+"""Which tokens of which sequences go through the model next. Integers only: no tensors, no text, no clock.
+
+First come, first served, without exceptions, so nothing starves: `running` and `waiting` are each in order of arrival,
+and everything running arrived before everything waiting. A sequence is admitted once blocks for all its known tokens
+are free; its prompt is then computed in chunks that share each pass with the decodes of older sequences. When a decode
+finds no block, the newest sequence gives up its blocks, goes back to the head of the queue and later recomputes
+everything it knew (prompt and answer so far).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+from ..errors import CapacityError, EngineError
+from .blocks import BlockPool
+from .sequence import Chunk, Schedule, Sequence
+
+
+class Scheduler:
+    """Owns the queues and hands out the pool's blocks. Call schedule(), run it, commit() it; repeat."""
+
+    def __init__(self, pool: BlockPool, max_num_seqs: int, max_batch_tokens: int, max_model_len: int) -> None:
+        self.pool = pool
+        self.max_num_seqs = max_num_seqs
+        self.max_batch_tokens = max_batch_tokens
+        self.max_model_len = max_model_len
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+        self.num_preemptions = 0
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.waiting or self.running)
+
+    def resolve_max_tokens(self, num_prompt_tokens: int, max_tokens: int | None) -> int:
+        """Number of tokens the answer may have; None asks for all the room there is.
+
+        Reads only what never changes, so any thread may call it. Raises CapacityError if the request can never fit.
+        """
+        cache_tokens = self.pool.num_blocks * self.pool.block_size
+        limit, name, option = self.max_model_len, "max_model_len is", "max_model_len"
+        # The last token of an answer is never fed back, so it needs no place in the cache.
+        if cache_tokens + 1 < limit:
+            limit, name, option = cache_tokens + 1, "the KV-cache has room for", "kv_cache_bytes"
+        if num_prompt_tokens >= limit:
+            raise CapacityError(
+                f"prompt has {num_prompt_tokens} tokens but {name} {limit}, which leaves no room for an answer; "
+                f"shorten the prompt or raise {option}"
+            )
+        if max_tokens is None:
+            return limit - num_prompt_tokens
+        if num_prompt_tokens + max_tokens > limit:
+            raise CapacityError(
+                f"prompt needs {num_prompt_tokens} + {max_tokens} tokens but {name} {limit}; "
+                f"lower max_tokens or raise {option}"
+            )
+        return max_tokens
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a new sequence. Raises CapacityError if it can never fit."""
+        self.resolve_max_tokens(sequence.num_prompt_tokens, sequence.max_new_tokens)
+        sequence.status = "waiting"
+        self.waiting.append(sequence)
+
+    def schedule(self) -> Schedule:
+        """Choose the next pass. Empty only if there is no work: what it returns must be run and committed."""
+        budget = self.max_batch_tokens
+        chunks: Schedule = []
+        preempted = False
+        for sequence in list(self.running):
+            if budget == 0 or sequence.status != "running":
+                break
+            count = min(sequence.num_pending, budget)
+            preempted |= self._make_room(sequence, sequence.num_computed + count)
+            if sequence.status != "running":
+                break
+            chunks.append(Chunk(sequence, sequence.num_computed, count))
+            budget -= count
+        # Admitting right after a preemption would take the very blocks that were missing.
+        while self.waiting and budget > 0 and not preempted and len(self.running) < self.max_num_seqs:
+            sequence = self.waiting[0]
+            needed = self.pool.num_needed(len(sequence.token_ids))
+            if needed > self.pool.num_free:
+                break
+            self.waiting.popleft()
+            sequence.block_table = self.pool.allocate(needed)
+            sequence.status = "running"
+            self.running.append(sequence)
+            count = min(sequence.num_pending, budget)
+            chunks.append(Chunk(sequence, 0, count))
+            budget -= count
+        return chunks
+
+    def commit(self, schedule: Schedule) -> None:
+        """Record that the keys and values of a schedule are in the cache."""
+        for chunk in schedule:
+            chunk.sequence.num_computed = chunk.end
+
+    def remove(self, sequence: Sequence) -> None:
+        """Take a sequence out, finished or cancelled, and free its blocks. Harmless if it is already out."""
+        if sequence.status == "running":
+            self.running.remove(sequence)
+        elif sequence.status == "waiting":
+            self.waiting.remove(sequence)
+        self._free_blocks(sequence)
+        sequence.status = "finished"
+
+    def check_integrity(self) -> None:
+        """Check queues, tables and reference counts against each other; may run between any two steps.
+
+        Raises EngineError naming what is wrong.
+        """
+        for sequence in self.waiting:
+            if sequence.status != "waiting" or sequence.block_table or sequence.num_computed:
+                raise EngineError(f"{sequence.name} waits but holds blocks {sequence.block_table} ({sequence.status})")
+        for sequence in self.running:
+            capacity = len(sequence.block_table) * self.pool.block_size
+            if sequence.status != "running" or not 0 <= sequence.num_computed <= min(capacity, len(sequence.token_ids)):
+                raise EngineError(
+                    f"{sequence.name} ({sequence.status}) has {sequence.num_computed} of {len(sequence.token_ids)} "
+                    f"tokens in a cache of {capacity} places"
+                )
+        if len(self.running) > self.max_num_seqs:
+            raise EngineError(f"{len(self.running)} sequences run but max_num_seqs is {self.max_num_seqs}")
+        self.pool.check_integrity((sequence.name, sequence.block_table) for sequence in self.running)
+
+    def _make_room(self, sequence: Sequence, num_tokens: int) -> bool:
+        """Extend a block table to num_tokens, preempting the newest sequences if need be. True if any was.
+
+        The last to give way is `sequence` itself, which then does not run in this step.
+        """
+        missing = self.pool.num_needed(num_tokens) - len(sequence.block_table)
+        preempted = False
+        while missing > self.pool.num_free and sequence.status == "running":
+            self._preempt(self.running.pop())
+            preempted = True
+        if missing > 0 and sequence.status == "running":
+            sequence.block_table.extend(self.pool.allocate(missing))
+        return preempted
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self._free_blocks(sequence)
+        sequence.status = "waiting"
+        sequence.num_computed = 0
+        sequence.num_preemptions += 1
+        self.num_preemptions += 1
+        self.waiting.appendleft(sequence)
+
+    def _free_blocks(self, sequence: Sequence) -> None:
+        self.pool.release(sequence.block_table)
+        sequence.block_table = []
