@@ -1,0 +1,117 @@
+// Vectors of float for the instruction set that this file is compiled for, over the vector extension of GCC and Clang.
+//
+// Everything lies in namespace pagelens::PAGELENS_ISA: an inline function with one name and different bodies in
+// different objects would let the linker choose the wrong one.
+#pragma once
+#include <cstdint>
+#include <cstring>
+
+#include "cpu/kernels.h"
+
+#if defined(__x86_64__)
+  #include <immintrin.h>
+#endif
+
+#if defined(__clang__)
+  #define PAGELENS_UNROLL _Pragma("unroll")
+#else
+  #define PAGELENS_UNROLL _Pragma("GCC unroll 32")
+#endif
+#define PAGELENS_INLINE static inline __attribute__((always_inline))
+
+namespace pagelens::PAGELENS_ISA {
+
+#if defined(PAGELENS_ISA_AVX512) || defined(PAGELENS_ISA_AVX512_BF16)
+constexpr int W = 16;  // floats a vector
+#elif defined(PAGELENS_ISA_AVX2)
+constexpr int W = 8;
+#else
+constexpr int W = 4;
+#endif
+
+typedef float vf __attribute__((vector_size(4 * W)));
+typedef int32_t vi __attribute__((vector_size(4 * W)));
+typedef uint32_t vu __attribute__((vector_size(4 * W)));
+typedef uint16_t vh __attribute__((vector_size(2 * W)));
+typedef uint16_t bf16;
+
+PAGELENS_INLINE vf splat(float x) { return x - (vf){}; }
+PAGELENS_INLINE vu splat_bits(uint32_t x) { return x - (vu){}; }
+
+template <class T>
+PAGELENS_INLINE T load_as(const void* p) {
+  T v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+// ---- one element
+PAGELENS_INLINE float widen(bf16 x) {
+  const uint32_t bits = static_cast<uint32_t>(x) << 16;
+  float f;
+  std::memcpy(&f, &bits, 4);
+  return f;
+}
+PAGELENS_INLINE bf16 narrow(float f) {
+  uint32_t u;
+  std::memcpy(&u, &f, 4);
+  if ((u & 0x7fffffffu) > 0x7f800000u) return static_cast<bf16>(u >> 16 | 0x40);
+  return static_cast<bf16>((u + 0x7fffu + (u >> 16 & 1)) >> 16);
+}
+PAGELENS_INLINE float get(const float* p) { return *p; }
+PAGELENS_INLINE float get(const bf16* p) { return widen(*p); }
+PAGELENS_INLINE void put(float* p, float x) { *p = x; }
+PAGELENS_INLINE void put(bf16* p, float x) { *p = narrow(x); }
+
+// ---- a vector
+PAGELENS_INLINE vf load(const float* p) { return load_as<vf>(p); }
+PAGELENS_INLINE vf load(const bf16* p) { return (vf)(__builtin_convertvector(load_as<vh>(p), vu) << 16); }
+PAGELENS_INLINE void store(float* p, vf x) { std::memcpy(p, &x, sizeof x); }
+// Round to nearest, ties to even; a NaN stays one (adding the rounding term could turn it into a zero).
+PAGELENS_INLINE void store(bf16* p, vf x) {
+  const vu u = (vu)x;
+  const vu rounded = (u + 0x7fffu + (u >> 16 & 1u)) >> 16;
+  const vu quiet = u >> 16 | 0x40u;
+  const vh h = __builtin_convertvector((vu)(((u & 0x7fffffffu) > 0x7f800000u) ? quiet : rounded), vh);
+  std::memcpy(p, &h, sizeof h);
+}
+
+// a*b + c: one rounding where the set has such an instruction, two in `portable`.
+PAGELENS_INLINE vf fma(vf a, vf b, vf c) {
+#if defined(PAGELENS_ISA_AVX512) || defined(PAGELENS_ISA_AVX512_BF16)
+  return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(PAGELENS_ISA_AVX2)
+  return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+  return a * b + c;
+#endif
+}
+
+// A NaN in `x` survives both.
+PAGELENS_INLINE vf at_least(vf x, float limit) { return x < limit ? splat(limit) : x; }
+PAGELENS_INLINE vf at_most(vf x, float limit) { return x > limit ? splat(limit) : x; }
+
+// Sum of the lanes, as a tree: the order is fixed.
+PAGELENS_INLINE float sum(vf x) {
+  float lane[W];
+  std::memcpy(lane, &x, sizeof x);
+  for (int half = W / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; i++) lane[i] += lane[i + half];
+  return lane[0];
+}
+
+// e^x, relative error below 2e-7 for -87.3 < x < 88; 0 below, e^88 above.
+PAGELENS_INLINE vf exp(vf x) {
+  const vf y = at_most(at_least(x, -87.3f), 88.0f);
+  const vf shifted =
+      fma(y, splat(1.44269504f), splat(12582912.0f));  // 1.5 * 2^23: rounds to an integer in the low bits
+  const vf n = shifted - 12582912.0f;
+  const vf r = fma(n, splat(1.42860677e-6f), fma(n, splat(-0.693145752f), y));
+  vf p = splat(1.0f / 5040);
+  const float c[] = {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f};
+  PAGELENS_UNROLL for (int i = 0; i < 7; i++) p = fma(p, r, splat(c[i]));
+  const vf scale = (vf)(((vu)shifted << 23) + 0x3f800000u);
+  return x < -87.3f ? splat(0.0f) : p * scale;
+}
+
+}  // namespace pagelens::PAGELENS_ISA

@@ -1,0 +1,162 @@
+// The CPU kernels as the bindings see them: argument structs, and one table of function pointers per instruction set.
+//
+// Each source in csrc/cpu is compiled once per set, inside namespace pagelens::PAGELENS_ISA. Kernels get pointers,
+// sizes and strides (in elements) that the caller has checked; they do not throw once a job runs. Sizes of 0 are
+// allowed. The formulas are those of the contract, engine/ops/__init__.py.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+namespace pagelens {
+
+class ThreadPool;
+
+enum class DType : int { f32 = 0, bf16 = 1 };
+enum class Activation : int { none = 0, gelu = 1, quick_gelu = 2, silu = 3 };
+
+// A matrix with contiguous rows; `stride` is the distance of two rows.
+struct Rows {
+  void* data = nullptr;
+  int64_t rows = 0;
+  int64_t cols = 0;
+  int64_t stride = 0;
+  DType dtype = DType::f32;
+};
+
+// weight [n, k] packed for every instruction set alike: [ceil(n/32)] panels of [groups][32] 4-byte words. A group is
+// one float32, or two bfloat16 (k even in the low half; an odd k is padded with 0). bias: [panels*32] float32 or null.
+struct PackedLinear {
+  const void* weight = nullptr;
+  const float* bias = nullptr;
+  int64_t n = 0;
+  int64_t k = 0;
+  DType dtype = DType::f32;
+
+  int64_t groups() const { return dtype == DType::f32 ? k : (k + 1) / 2; }
+  int64_t panels() const { return (n + 31) / 32; }
+  int64_t panel_words() const { return groups() * 32; }
+};
+
+// SwiGLU feed-forward: in gate_up panel p holds gate rows 16p..16p+15, then the same up rows (both padded with zeros).
+struct PackedSwiglu {
+  PackedLinear gate_up;  // n = 2 * 16 * ceil(inner/16)
+  PackedLinear down;     // k = inner
+  int64_t inner = 0;
+};
+
+// Experts of one size, one after another.
+struct PackedMoe {
+  PackedLinear router;  // float32
+  const PackedSwiglu* experts = nullptr;
+  int64_t num_experts = 0;
+  const PackedSwiglu* shared = nullptr;  // or null
+};
+
+struct NormArgs {
+  Rows x, out;
+  const void* weight;  // dtype of x
+  const void* bias;    // dtype of x; layer_norm only
+  float eps;
+};
+
+struct EmbeddingArgs {
+  const int32_t* ids;
+  Rows table, out;
+};
+
+struct LinearArgs {
+  Rows x;
+  PackedLinear weight;
+  Activation activation;
+  Rows residual;  // data null: none
+  Rows out;       // float32 or bfloat16
+};
+
+struct RopeArgs {
+  Rows qkv;
+  const int32_t* positions;
+  const int32_t* slots;
+  const float *cos, *sin;  // [num_positions, head_dim/2]
+  int64_t num_positions;
+  void *keys, *values;  // [num_slots, num_kv_heads, head_dim], dtype of qkv
+  int64_t num_slots;
+  int64_t num_heads, num_kv_heads, head_dim;
+  const void *q_norm, *k_norm;  // [head_dim], dtype of qkv, or null
+  float eps;
+  Rows out;  // [N, num_heads * head_dim]
+};
+
+struct AttentionArgs {
+  Rows q, out;  // [N, num_heads * head_dim]
+  const void *keys, *values;
+  int64_t num_blocks, block_size, num_heads, num_kv_heads, head_dim;
+  const int32_t* block_tables;
+  int64_t max_blocks;  // columns of block_tables
+  const int32_t *query_starts, *context_lens;
+  int64_t num_sequences;
+  float scale;
+};
+
+struct SwigluArgs {
+  Rows x;
+  PackedSwiglu ffn;
+  Rows residual, out;
+};
+
+struct RoutingArgs {
+  Rows logits;  // float32 [N, E]
+  int64_t top_k;
+  bool renormalize;
+  float scale;
+  int32_t* expert_ids;   // [N, k]
+  float* weights;        // [N, k]
+  int32_t* offsets;      // [E+1]
+  int32_t* permutation;  // [N*k]
+};
+
+struct GroupedArgs {
+  Rows x;
+  PackedMoe moe;
+  int64_t top_k;
+  const int32_t *expert_ids, *offsets, *permutation;
+  const float* weights;
+  bool with_shared;
+  Rows residual, out;
+};
+
+struct MoeArgs {
+  Rows x;
+  PackedMoe moe;
+  int64_t top_k;
+  bool renormalize;
+  float scale;
+  Rows residual, out;
+};
+
+// A function returns -1, or the first row whose id, position or slot is outside its table (nothing is written then).
+struct KernelTable {
+  void (*rms_norm)(ThreadPool&, const NormArgs&);
+  void (*resize_rgb_u8)(const uint8_t*, int64_t, int64_t, uint8_t*, int64_t, int64_t);
+};
+
+#define PAGELENS_DECLARE_TABLE(isa) \
+  namespace isa {                   \
+  const KernelTable& table();       \
+  }
+PAGELENS_DECLARE_TABLE(portable)
+PAGELENS_DECLARE_TABLE(avx2)
+PAGELENS_DECLARE_TABLE(avx512)
+PAGELENS_DECLARE_TABLE(avx512_bf16)
+#undef PAGELENS_DECLARE_TABLE
+
+#ifdef PAGELENS_ISA
+namespace PAGELENS_ISA {
+void rms_norm(ThreadPool& pool, const NormArgs& args);
+
+// RGB bytes [src_h, src_w, 3] -> [dst_h, dst_w, 3], both contiguous: exactly Pillow's bicubic resize (before version
+// 13).
+void resize_rgb_u8(const uint8_t* src, int64_t src_h, int64_t src_w, uint8_t* dst, int64_t dst_h, int64_t dst_w);
+}  // namespace PAGELENS_ISA
+#endif
+
+}  // namespace pagelens

@@ -1,0 +1,158 @@
+"""Build of pagelens. The folders engine/ and kernels/ are the packages `pagelens` and `pagelens.kernels`.
+
+One pybind11 extension, `pagelens._native`, is built from csrc/; no torch header is included. Each kernel source in
+csrc/cpu is compiled once per instruction set (the flags are below) and chosen at run time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+
+# Build front ends start this file in the source folder; setuptools wants every path relative to it.
+ROOT = Path(__file__).resolve().parent
+CSRC = Path("csrc")
+
+# Never -march=native: what is built here also runs elsewhere. -ffp-contract=off keeps a*b+c at two roundings wherever
+# the source does not ask for a fused one, so that a result does not depend on the optimiser's mood.
+CXX_FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-fvisibility-inlines-hidden",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-pthread",
+    "-Wall",
+    "-Wextra",
+    "-Wno-psabi",
+]
+X86_FLAGS = {
+    "avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma"],
+    "avx512_bf16": [
+        "-mavx512f",
+        "-mavx512bw",
+        "-mavx512vl",
+        "-mavx512dq",
+        "-mfma",
+        "-mavx512bf16",
+        "-mavx512vnni",
+    ],
+}
+
+
+def compiler() -> list[str]:
+    return shlex.split(os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++")
+
+
+def accepts(flags: list[str]) -> bool:
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "probe.cpp")
+        source.write_text("int probe() { return 0; }\n")
+        command = [*compiler(), *flags, "-c", str(source), "-o", str(Path(folder, "probe.o"))]
+        return subprocess.run(command, capture_output=True).returncode == 0
+
+
+def instruction_sets() -> dict[str, list[str]]:
+    """Instruction set -> extra flags; `portable` first. A set that the compiler does not know is left out."""
+    sets: dict[str, list[str]] = {"portable": []}
+    if platform.machine().lower() in ("x86_64", "amd64"):
+        for name, flags in X86_FLAGS.items():
+            if accepts(flags):
+                sets[name] = flags
+            else:
+                print(f"setup.py: {compiler()[0]} does not accept {' '.join(flags)}; leaving out {name}")
+    return sets
+
+
+class BuildNative(build_ext):
+    """Compiles in parallel, and only what changed: an object is kept if its command and all files it read are older."""
+
+    def build_extension(self, ext: Extension) -> None:
+        import pybind11
+
+        sets = instruction_sets()
+        include = ["-I", str(CSRC), "-I", pybind11.get_include(), "-I", sysconfig.get_paths()["include"]]
+        have = [f"-DPAGELENS_HAS_{name.upper()}" for name in sets]
+        folder = ROOT / "build" / f"native-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+        jobs: list[tuple[list[str], Path]] = []
+        for source in [CSRC / "bindings.cpp", *sorted((CSRC / "common").glob("*.cpp"))]:
+            jobs.append(self.job(source, folder / "common", [*CXX_FLAGS, *include, *have]))
+        for name, flags in sets.items():
+            for source in sorted((CSRC / "cpu").glob("*.cpp")):
+                own = [*CXX_FLAGS, "-I", str(CSRC), f"-DPAGELENS_ISA={name}", f"-DPAGELENS_ISA_{name.upper()}", *flags]
+                jobs.append(self.job(source, folder / name, own))
+        with ThreadPoolExecutor(self.parallel or os.cpu_count() or 1) as pool:
+            for _ in pool.map(lambda job: self.compile(*job), jobs):
+                pass
+        self.link(ext, [str(obj) for _, obj in jobs])
+
+    @staticmethod
+    def job(source: Path, folder: Path, flags: list[str]) -> tuple[list[str], Path]:
+        obj = folder / f"{source.stem}.o"
+        command = [*compiler(), *flags, "-MMD", "-MF", str(obj.with_suffix(".d")), "-c", str(source), "-o", str(obj)]
+        return command, obj
+
+    def compile(self, command: list[str], obj: Path) -> None:
+        key = hashlib.sha256(" ".join(command).encode()).hexdigest()
+        stamp = obj.with_suffix(".key")
+        if not self.force and self.is_fresh(obj, stamp, key):
+            return
+        obj.parent.mkdir(parents=True, exist_ok=True)
+        stamp.unlink(missing_ok=True)
+        result = subprocess.run(command, capture_output=True, text=True)
+        if result.stderr:
+            print(result.stderr, file=sys.stderr)
+        if result.returncode != 0:
+            raise SystemExit(f"compiling {obj.stem} failed:\n{' '.join(command)}")
+        stamp.write_text(key)
+
+    @staticmethod
+    def is_fresh(obj: Path, stamp: Path, key: str) -> bool:
+        if not (obj.exists() and stamp.exists() and stamp.read_text() == key):
+            return False
+        read = obj.with_suffix(".d").read_text().replace("\\\n", " ").split(":", 1)[1].split()
+        built = obj.stat().st_mtime
+        return all(Path(name).exists() and Path(name).stat().st_mtime < built for name in read)
+
+    def link(self, ext: Extension, objects: list[str]) -> None:
+        """Objects for every CPU come first: of an inline function that several objects hold, linkers keep the first,
+        and that one must run on the oldest CPU."""
+        target = Path(self.get_ext_fullpath(ext.name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shared = ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared"]
+        command = [*compiler(), *shared, "-pthread", *objects, "-o", str(target)]
+        result = subprocess.run(command, capture_output=True, text=True)
+        if result.returncode != 0:
+            raise SystemExit(f"linking failed:\n{result.stderr}")
+
+
+PACKAGES = [
+    "pagelens",
+    *(f"pagelens.{name}" for name in find_packages("engine")),
+    "pagelens.kernels",
+    *(f"pagelens.kernels.{name}" for name in find_packages("kernels")),
+]
+
+setup(
+    package_dir={"pagelens": "engine", "pagelens.kernels": "kernels"},
+    packages=PACKAGES,
+    package_data={"pagelens": ["py.typed", "assets/**/*"]},
+    exclude_package_data={"pagelens": ["*.so"]},
+    ext_modules=[Extension("pagelens._native", [str(path) for path in sorted(CSRC.glob("**/*.cpp"))])],
+    cmdclass={"build_ext": BuildNative},
+)
