@@ -24,7 +24,7 @@ PACKED_BY = {
     "pack_patch_embed": "patch_embed",
     "pack_conv_downsample": "conv_downsample",
 }
-# Each of these reads what another one's backend packed (the shared expert is a swiglu_ffn), so one backend runs them all.
+# Each of these reads what another one's backend packed (the shared expert is a swiglu_ffn): one backend for all.
 SAME_BACKEND = ("moe_ffn", "swiglu_ffn", "grouped_gemm")
 
 

@@ -1,0 +1,221 @@
+"""The decoder shared by all families: RMSNorm, attention over the paged cache, dense or mixture-of-experts SwiGLU.
+
+Families differ only by declared data (DecoderConfig: QK-norm, grouped heads, which layers are dense, tied embeddings)
+and by where their tensors are named. Source: deepseek-ocr.md sections 2.4 and 7.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config import DecoderConfig, MoeConfig
+from ..errors import CapacityError, ShapeError
+from ..ops import OpCase, Ops, RopeTable
+from ..types import ForwardBatch, KVCacheView
+from .weight_map import Part, fused_linear_part, linear_part, part, swiglu_shapes, tensor_part
+from .workspace import Workspace
+
+Stages = Callable[[str, Tensor], None]
+
+
+def decoder_parts(config: DecoderConfig, prefix: str = "model") -> list[Part]:
+    """The decoder's weight map; `prefix` is what stands before `.layers` (lm_head has none)."""
+    c, d, vocab = config.hidden_size, config.head_dim, config.vocab_size
+    parts = [
+        tensor_part("decoder.embed", f"{prefix}.embed_tokens.weight", (vocab, c)),
+        tensor_part("decoder.norm", f"{prefix}.norm.weight", (c,)),
+    ]
+    if not config.tie_word_embeddings:
+        parts.append(linear_part("decoder.lm_head", "lm_head", vocab, c, bias=False))
+    outs = [config.num_heads * d, config.num_kv_heads * d, config.num_kv_heads * d]
+    for i in range(config.num_layers):
+        to, of = f"decoder.{i}", f"{prefix}.layers.{i}"
+        names = [f"{of}.self_attn.{n}_proj" for n in "qkv"]
+        parts += [
+            tensor_part(f"{to}.input_norm", f"{of}.input_layernorm.weight", (c,)),
+            tensor_part(f"{to}.post_norm", f"{of}.post_attention_layernorm.weight", (c,)),
+            fused_linear_part(f"{to}.qkv", names, outs, c),
+            linear_part(f"{to}.o", f"{of}.self_attn.o_proj", c, config.num_heads * d, bias=False),
+        ]
+        if config.qk_norm:
+            parts.append(tensor_part(f"{to}.q_norm", f"{of}.self_attn.q_norm.weight", (d,)))
+            parts.append(tensor_part(f"{to}.k_norm", f"{of}.self_attn.k_norm.weight", (d,)))
+        if is_moe(config, i):
+            parts.append(moe_part(f"{to}.ffn", f"{of}.mlp", c, config.moe))
+        else:
+            shapes = swiglu_shapes(f"{of}.mlp", c, config.intermediate_size)
+            parts.append(part(f"{to}.ffn", shapes, lambda ops, tensors: ops.pack_swiglu(*tensors)))
+    return parts
+
+
+def is_moe(config: DecoderConfig, layer: int) -> bool:
+    return config.moe is not None and layer not in config.moe.dense_layers
+
+
+def moe_part(target: str, prefix: str, width: int, moe: MoeConfig | None) -> Part:
+    """Router, experts and shared expert of one layer, packed together."""
+    if moe is None:
+        raise ShapeError(f"{target}: the configuration has no experts")
+    shapes: dict[str, tuple[int, ...]] = {f"{prefix}.gate.weight": (moe.num_experts, width)}
+    for e in range(moe.num_experts):
+        shapes |= swiglu_shapes(f"{prefix}.experts.{e}", width, moe.intermediate_size)
+    if moe.shared_intermediate_size:
+        shapes |= swiglu_shapes(f"{prefix}.shared_experts", width, moe.shared_intermediate_size)
+    end = 1 + 3 * moe.num_experts
+
+    def pack(ops: Ops, tensors: Sequence[Tensor]) -> Any:
+        shared = ops.pack_swiglu(*tensors[end:]) if len(tensors) > end else None
+        experts = tensors[1:end]
+        return ops.pack_moe(tensors[0], list(experts[0::3]), list(experts[1::3]), list(experts[2::3]), shared)
+
+    return part(target, shapes, pack)
+
+
+def decoder_cases(config: DecoderConfig, dtype: torch.dtype) -> list[OpCase]:
+    """What the decoder asks of the ops."""
+    c, d = config.hidden_size, config.head_dim
+    heads = (("num_heads", config.num_heads), ("num_kv_heads", config.num_kv_heads), ("head_dim", d))
+    qkv = (config.num_heads + 2 * config.num_kv_heads) * d
+    shapes = [(qkv, c), (c, config.num_heads * d), (config.vocab_size, c)]
+    cases = [OpCase("linear", dtype, (("in_features", i), ("out_features", o))) for o, i in shapes]
+    cases += [
+        OpCase("embedding", dtype, (("width", c),)),
+        OpCase("rms_norm", dtype, (("width", c),)),
+        OpCase("qk_norm_rope_store", dtype, heads),
+        OpCase("paged_attention", dtype, heads),
+    ]
+    moe = config.moe
+    if moe is None or moe.dense_layers:
+        cases.append(OpCase("swiglu_ffn", dtype, (("width", c), ("intermediate", config.intermediate_size))))
+    if moe is not None:
+        experts = (("num_experts", moe.num_experts), ("top_k", moe.top_k))
+        sizes = (("width", c), ("intermediate", moe.intermediate_size), *experts)
+        cases += [OpCase("moe_routing", dtype, experts), OpCase("grouped_gemm", dtype, sizes)]
+        cases.append(OpCase("moe_ffn", dtype, sizes))
+        if moe.shared_intermediate_size:
+            shared = (("width", c), ("intermediate", moe.shared_intermediate_size))
+            cases.append(OpCase("swiglu_ffn", dtype, shared))
+    return cases
+
+
+class DecoderLayer:
+    """h = x + attention(norm(x)); x = h + ffn(norm(h)), the residual stream updated in place."""
+
+    def __init__(self, config: DecoderConfig, index: int, packed: Mapping[str, Any], ops: Ops) -> None:
+        def get(name: str) -> Any:
+            return packed[f"decoder.{index}.{name}"]
+
+        self._config, self._ops, self._index = config, ops, index
+        self._input_norm, self._post_norm = get("input_norm"), get("post_norm")
+        self._qkv, self._o, self._ffn = get("qkv"), get("o"), get("ffn")
+        self._q_norm = get("q_norm") if config.qk_norm else None
+        self._k_norm = get("k_norm") if config.qk_norm else None
+        self._moe = config.moe if is_moe(config, index) else None
+        self._scale = config.head_dim**-0.5
+
+    def forward(self, x: Tensor, batch: ForwardBatch, kv: KVCacheView, rope: RopeTable, scratch: Workspace) -> None:
+        """x [N, C] is replaced by the layer's output; this layer's keys and values go to the cache."""
+        self._attend(x, batch, kv, rope, scratch)
+        cfg, ops = self._config, self._ops
+        normed = scratch.take("normed", (x.shape[0], cfg.hidden_size), x.dtype)
+        ops.rms_norm(x, self._post_norm, cfg.rms_norm_eps, out=normed)
+        if self._moe is None:
+            ops.swiglu_ffn(normed, self._ffn, residual=x, out=x)
+        else:
+            moe = self._moe
+            ops.moe_ffn(normed, self._ffn, moe.top_k, moe.renormalize, moe.routed_scale, residual=x, out=x)
+
+    def _attend(self, x: Tensor, batch: ForwardBatch, kv: KVCacheView, rope: RopeTable, scratch: Workspace) -> None:
+        cfg, ops, n = self._config, self._ops, x.shape[0]
+        keys, values = kv.keys[self._index], kv.values[self._index]
+        heads = (n, cfg.num_heads, cfg.head_dim)
+        normed = scratch.take("normed", (n, cfg.hidden_size), x.dtype)
+        ops.rms_norm(x, self._input_norm, cfg.rms_norm_eps, out=normed)
+        width = (cfg.num_heads + 2 * cfg.num_kv_heads) * cfg.head_dim
+        qkv = ops.linear(normed, self._qkv, out=scratch.take("qkv", (n, width), x.dtype))
+        q = ops.qk_norm_rope_store(
+            qkv,
+            batch.positions,
+            batch.slots,
+            rope,
+            keys,
+            values,
+            cfg.num_heads,
+            self._q_norm,
+            self._k_norm,
+            cfg.rms_norm_eps,
+            out=scratch.take("q", heads, x.dtype),
+        )
+        seen = ops.paged_attention(
+            q,
+            keys,
+            values,
+            batch.block_tables,
+            batch.query_starts,
+            batch.context_lens,
+            self._scale,
+            out=scratch.take("seen", heads, x.dtype),
+        )
+        ops.linear(seen.view(n, -1), self._o, residual=x, out=x)
+
+
+class Decoder:
+    """Token ids and image rows in, logits out. Not re-entrant: one forward pass at a time."""
+
+    def __init__(self, config: DecoderConfig, packed: Mapping[str, Any], ops: Ops) -> None:
+        self.config = config
+        self._ops = ops
+        self._embed: Tensor = packed["decoder.embed"]
+        self._norm: Tensor = packed["decoder.norm"]
+        self._lm_head = ops.pack_linear(self._embed) if config.tie_word_embeddings else packed["decoder.lm_head"]
+        self._layers = [DecoderLayer(config, i, packed, ops) for i in range(config.num_layers)]
+        self._rope = RopeTable.build(config.max_position_embeddings, config.head_dim, config.rope_theta)
+        self._scratch = Workspace(self._embed.device)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._embed.dtype
+
+    def forward(self, batch: ForwardBatch, kv: KVCacheView, stages: Stages | None = None) -> Tensor:
+        """Logits [L, V] float32, new memory, of batch.logit_rows; the cache gets the new keys and values.
+
+        Rows batch.image_index of the embeddings are replaced by batch.image_rows. `stages`, if given, is called with
+        the residual stream after the embeddings ("embed") and after every layer ("layer.3"); it must not keep it.
+        Raises ShapeError if ids, slots or positions are out of range or the batch's tensors disagree.
+        """
+        if len(kv.keys) != self.config.num_layers or len(kv.values) != self.config.num_layers:
+            raise ShapeError(f"the cache has {len(kv.keys)} layers, the model {self.config.num_layers}")
+        n, width = batch.token_ids.shape[0], self.config.hidden_size
+        x = self._scratch.take("x", (n, width), self.dtype)
+        self._embed_batch(batch, x)
+        if stages:
+            stages("embed", x)
+        for i, layer in enumerate(self._layers):
+            layer.forward(x, batch, kv, self._rope, self._scratch)
+            if stages:
+                stages(f"layer.{i}", x)
+        # A gather of rows is an embedding lookup, so that a decode step stays within the ops.
+        rows = self._scratch.take("rows", (batch.logit_rows.shape[0], width), self.dtype)
+        self._ops.embedding(batch.logit_rows, x, out=rows)
+        self._ops.rms_norm(rows, self._norm, self.config.rms_norm_eps, out=rows)
+        return self._ops.linear(rows, self._lm_head, out_dtype=torch.float32)
+
+    def _embed_batch(self, batch: ForwardBatch, x: Tensor) -> None:
+        self._ops.embedding(batch.token_ids, self._embed, out=x)
+        if batch.image_index is None:
+            return
+        rows = batch.image_rows
+        if rows is None or rows.shape != (batch.image_index.shape[0], x.shape[1]) or rows.dtype != x.dtype:
+            found = None if rows is None else f"{list(rows.shape)} {rows.dtype}"
+            raise ShapeError(f"image_rows must be [{batch.image_index.shape[0]}, {x.shape[1]}] {x.dtype}, got {found}")
+        x.index_copy_(0, batch.image_index.long(), rows)
+
+    def check_length(self, num_tokens: int) -> None:
+        """Raise CapacityError if a sequence of num_tokens has positions that the model does not have."""
+        limit = self.config.max_position_embeddings
+        if num_tokens > limit:
+            raise CapacityError(f"{num_tokens} tokens exceed the model's {limit} positions; shorten the prompt")
