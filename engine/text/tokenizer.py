@@ -1,0 +1,174 @@
+"""Text <-> token ids with the byte-level BPE of a checkpoint's tokenizer.json (the `tokenizers` library does the work).
+
+tokenizer.json itself is read, never tokenizer_config.json, whose class names are misleading for DeepSeek-OCR. Special
+ids are looked up by their text. Knows nothing of prompts, images or chat templates.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from ..errors import PromptError, WeightsError
+
+MAX_TOKENIZER_BYTES = 256 * 2**20
+BOS_TEXT = "<｜begin▁of▁sentence｜>"
+EOS_TEXT = "<｜end▁of▁sentence｜>"
+
+
+class Tokenizer:
+    """The tokenizer of one checkpoint folder. Thread-safe.
+
+    Only byte-level decoders are accepted (all DeepSeek and Qwen models have one), so that every token is a string of
+    bytes and text can be built piece by piece. Raises WeightsError if tokenizer.json is missing, damaged or of another
+    kind.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self._path = Path(folder) / "tokenizer.json"
+        self._label = f"{self._path.parent.name}/tokenizer.json"
+        text = self._read_text()
+        self._full = self._build(text)
+        decoder = _component_types(json.loads(text).get("decoder"))
+        if decoder != ["ByteLevel"]:
+            raise WeightsError(f"{self._label}: decoder {decoder or None} is not supported; only ByteLevel is")
+        added = self._full.get_added_tokens_decoder()
+        self._added_ids = {token.content: id_ for id_, token in added.items()}
+        self.special_ids = frozenset(id_ for id_, token in added.items() if token.special)
+        self._bytes: dict[int, bytes] = {}
+
+    def encode(self, text: str, parse_special: bool) -> list[int]:
+        """Token ids of `text`; nothing is put before or after it.
+
+        parse_special  True: control tokens written in the text, such as "<image>", become their ids. False: they are
+                       ordinary characters, and no added token's id can come out (use it for text from strangers).
+        Raises PromptError if the text holds lone surrogates.
+        """
+        chosen = self._full if parse_special else self._plain
+        try:
+            ids: list[int] = chosen.encode(text, add_special_tokens=False).ids
+        except UnicodeEncodeError as error:
+            raise PromptError(f"text has a lone surrogate at character {error.start}; it is not Unicode") from error
+        return ids
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
+        """Text of token ids; bytes that are not UTF-8 become U+FFFD, ids without a token become nothing.
+
+        DeepSeek-OCR needs skip_special_tokens False: its table and grounding tags are special tokens.
+        """
+        skipped = self.special_ids if skip_special_tokens else frozenset()
+        return b"".join(self.id_to_bytes(id_) for id_ in ids if id_ not in skipped).decode("utf-8", "replace")
+
+    def id_to_bytes(self, id_: int) -> bytes:
+        """The bytes of one token, which may be part of a character; b"" if the id has no token."""
+        known = self._bytes.get(id_)
+        if known is None:
+            token = self._full.id_to_token(id_) if 0 <= id_ < 2**32 else None
+            known = self._bytes[id_] = b"" if token is None else _token_bytes(token)
+        return known
+
+    def token_id(self, text: str) -> int | None:
+        """The id of the single token that stands for exactly this text, added tokens first; None if there is none."""
+        added = self._added_ids.get(text)
+        if added is not None:
+            return added
+        found: int | None = self._full.token_to_id("".join(_BYTE_TO_CHAR[byte] for byte in text.encode("utf-8")))
+        return found
+
+    def require_token_id(self, text: str) -> int:
+        """As `token_id`, but raises WeightsError if there is no such token."""
+        id_ = self.token_id(text)
+        if id_ is None:
+            raise WeightsError(f"{self._label}: there is no token {text!r}, which the model needs")
+        return id_
+
+    def bos_id(self, text: str = BOS_TEXT) -> int | None:
+        """The id of the token that begins every prompt, looked up by its text."""
+        return self._added_ids.get(text)
+
+    def eos_id(self, text: str = EOS_TEXT) -> int | None:
+        """The id of the token that ends every answer, looked up by its text."""
+        return self._added_ids.get(text)
+
+    @functools.cached_property
+    def vocab_size(self) -> int:
+        """One more than the largest id that has a token; a model's table may be larger."""
+        vocab: dict[str, int] = self._full.get_vocab(with_added_tokens=True)
+        return max(vocab.values(), default=-1) + 1
+
+    @functools.cached_property
+    def _plain(self) -> tokenizers.Tokenizer:
+        """The same model without its added tokens, so that nothing in a text can become one.
+
+        Added tokens that also stand in the base vocabulary (as bos and eos do) are taken out of it, with the merges
+        that would build them. Built on first use: it costs as much as loading the tokenizer.
+        """
+        raw = json.loads(self._read_text())
+        # One character is a byte of the alphabet: without it that byte could not be encoded at all.
+        hidden = {content for content in self._added_ids if len(content) > 1}
+        model = raw["model"]
+        model["vocab"] = {token: id_ for token, id_ in model["vocab"].items() if token not in hidden}
+        model["merges"] = [merge for merge in model["merges"] if not hidden.intersection(_merge_parts(merge))]
+        raw["added_tokens"], raw["post_processor"] = [], None
+        return self._build(json.dumps(raw, ensure_ascii=False))
+
+    def _read_text(self) -> str:
+        try:
+            if self._path.stat().st_size > MAX_TOKENIZER_BYTES:
+                raise WeightsError(f"{self._label}: larger than the limit of {MAX_TOKENIZER_BYTES} bytes")
+            return self._path.read_text(encoding="utf-8")
+        except OSError as error:
+            raise WeightsError(f"{self._label}: cannot be read: {error.strerror or error}") from error
+        except UnicodeDecodeError as error:
+            raise WeightsError(f"{self._label}: not UTF-8 at byte {error.start}") from error
+
+    def _build(self, text: str) -> tokenizers.Tokenizer:
+        try:
+            tokenizer = tokenizers.Tokenizer.from_str(text)
+        except Exception as error:
+            # The library raises bare Exception for every fault of the file.
+            raise WeightsError(f"{self._label}: damaged: {str(error)[:200]}") from error
+        if not isinstance(tokenizer.model, tokenizers.models.BPE):
+            raise WeightsError(f"{self._label}: model {type(tokenizer.model).__name__} is not supported; only BPE is")
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        return tokenizer
+
+
+def _component_types(component: Any) -> list[str]:
+    """Names of a decoder's parts, sequences flattened."""
+    if not isinstance(component, dict):
+        return []
+    if component.get("type") == "Sequence":
+        return [name for part in component.get("decoders", []) for name in _component_types(part)]
+    return [str(component.get("type"))]
+
+
+def _merge_parts(merge: str | list[str]) -> tuple[str, str, str]:
+    """Both parts and the result of a merge, written "a b" or ["a", "b"]."""
+    left, right = merge.split(" ") if isinstance(merge, str) else merge
+    return left, right, left + right
+
+
+def _byte_alphabet() -> list[str]:
+    """GPT-2's byte alphabet: printable Latin-1 bytes stand for themselves, the others for U+0100 and up, in order."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    spare = iter(range(0x100, 0x200))
+    return [chr(byte) if byte in printable else chr(next(spare)) for byte in range(256)]
+
+
+_BYTE_TO_CHAR = _byte_alphabet()
+_CHAR_TO_BYTE = {char: byte for byte, char in enumerate(_BYTE_TO_CHAR)}
+
+
+def _token_bytes(token: str) -> bytes:
+    """Bytes of a vocabulary entry; one with any character outside the alphabet (an added token) stands for itself."""
+    try:
+        return bytes(_CHAR_TO_BYTE[char] for char in token)
+    except KeyError:
+        return token.encode("utf-8")
