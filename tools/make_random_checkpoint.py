@@ -1,7 +1,7 @@
 """Write a DeepSeek-OCR checkpoint with random weights, to test shapes, speed and memory without the real file.
 
-    python tools/make_random_checkpoint.py OUT                          the real sizes: 2,710 tensors, 6.67 GB in bfloat16
-    python tools/make_random_checkpoint.py OUT --config DIR             the sizes of DIR/config.json
+    python tools/make_random_checkpoint.py OUT                  the real sizes: 2,710 tensors, 6.67 GB in bfloat16
+    python tools/make_random_checkpoint.py OUT --config DIR     the sizes of DIR/config.json
 
 The folder holds config.json, one safetensors file with its index, and tokenizer.json if there is one to give it. The
 names and shapes below are written from the published tensor list and not taken from pagelens.models, so that each
@@ -205,7 +205,7 @@ def random_chunks(name: str, shape: tuple[int, ...], generator: torch.Generator)
     size through any depth; biases and learned vectors and tables are small.
     """
     count = math.prod(shape)
-    is_table = "pos" in name or "embed_tokens" in name
+    is_table = any(part in name for part in ("pos_embed", "rel_pos_", "position_embedding", "embed_tokens"))
     if len(shape) == 1 and name.endswith(".weight"):
         std = None
     elif len(shape) == 1 or is_table:

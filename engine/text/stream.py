@@ -1,4 +1,4 @@
-"""Token ids in, text out as it becomes certain: complete characters only, and nothing that a stop string may cut off."""
+"""Token ids in, text out once it is certain: complete characters only, nothing that a stop string may still cut off."""
 
 from __future__ import annotations
 

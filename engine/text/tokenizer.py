@@ -10,7 +10,6 @@ import functools
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import tokenizers
 
@@ -32,11 +31,10 @@ class Tokenizer:
     def __init__(self, folder: str | Path) -> None:
         self._path = Path(folder) / "tokenizer.json"
         self._label = f"{self._path.parent.name}/tokenizer.json"
-        text = self._read_text()
-        self._full = self._build(text)
-        decoder = _component_types(json.loads(text).get("decoder"))
-        if decoder != ["ByteLevel"]:
-            raise WeightsError(f"{self._label}: decoder {decoder or None} is not supported; only ByteLevel is")
+        self._full = self._build(self._read_text())
+        decoder = self._full.decoder
+        if not isinstance(decoder, tokenizers.decoders.ByteLevel):
+            raise WeightsError(f"{self._label}: decoder {type(decoder).__name__} is not supported; only ByteLevel is")
         added = self._full.get_added_tokens_decoder()
         self._added_ids = {token.content: id_ for id_, token in added.items()}
         self.special_ids = frozenset(id_ for id_, token in added.items() if token.special)
@@ -138,15 +136,6 @@ class Tokenizer:
         tokenizer.no_truncation()
         tokenizer.no_padding()
         return tokenizer
-
-
-def _component_types(component: Any) -> list[str]:
-    """Names of a decoder's parts, sequences flattened."""
-    if not isinstance(component, dict):
-        return []
-    if component.get("type") == "Sequence":
-        return [name for part in component.get("decoders", []) for name in _component_types(part)]
-    return [str(component.get("type"))]
 
 
 def _merge_parts(merge: str | list[str]) -> tuple[str, str, str]:
