@@ -9,7 +9,7 @@ import os
 import platform
 import sys
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,14 +78,17 @@ def gpu_fact(torch: Any) -> str:
     return f"{torch.cuda.get_device_name(0)} (GPU backends do not exist yet; the CPU is used)"
 
 
-def examine(backend: str = "auto") -> DoctorReport:
+def examine(backend: Literal["auto", "reference", "native"] = "auto") -> DoctorReport:
     """Look at the machine. Raises UnsupportedError if a forced backend cannot run here."""
     import torch
 
     from . import __version__
-    from .ops.registry import explain
+    from .ops.registry import resolve_ops
 
     memory = memory_bytes()
+    table = resolve_ops(backend)
+    choices = table.explain()
+    table.close()
     return DoctorReport(
         versions={
             "pagelens": __version__,
@@ -103,6 +106,6 @@ def examine(backend: str = "auto") -> DoctorReport:
             **native_facts(),
             "gpu": gpu_fact(torch),
         },
-        ops=tuple(asdict(choice) for choice in explain(backend)),
+        ops=tuple(asdict(choice) for choice in choices),
         extras={name: installed(name) for name in ("huggingface_hub", "pypdfium2", "triton", "matplotlib")},
     )

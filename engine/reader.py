@@ -12,16 +12,19 @@ from dataclasses import replace
 from importlib.resources import as_file, files
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .config import ProcessorConfig
 from .documents.page import MarkdownStream, Page, Usage, build_page
 from .errors import PromptError
 from .llm import LLM, RequestHandle
 from .types import NgramGuard, RequestOutput, SamplingParams
-from .vision.images import ImageSource, load_image
+from .vision.images import load_image
 from .vision.modes import Mode, default_mode, resolve_mode
 from .vision.tiling import TilePlan, plan_tiles
+
+if TYPE_CHECKING:
+    from .vision.images import ImageSource
 
 IMAGE_MARK = "<image>"
 DEFAULT_PROMPT = "<image>\n<|grounding|>Convert the document to markdown."
