@@ -116,7 +116,11 @@ class CompletionOutput:
 
 @dataclass(slots=True)
 class RequestMetrics:
-    """Seconds by stage and counts of one request. Times are durations, not clock readings."""
+    """Seconds by stage and counts of one request. Times are durations, not clock readings.
+
+    queue_s is the wait before the first pass; prefill_s the passes before the first token, shared with other requests;
+    decode_s runs from the first token to the last.
+    """
 
     queue_s: float = 0.0
     preprocess_s: float = 0.0

@@ -83,8 +83,9 @@ class Sampler:
 def draw(row: Row, params: SamplingParams, uniform: float) -> int:
     """Token drawn from softmax(row / temperature) cut to top_k, then min_p, then top_p, by inverting `uniform`.
 
-    uniform lies in [0, 1). Candidates stand in falling order of probability, lowest id first among equals. min_p compares with the largest
-    probability; top_p keeps the fewest tokens whose probabilities, renormalised after the other cuts, reach it.
+    uniform lies in [0, 1). Candidates stand in falling order of probability, lowest id first among equals. min_p
+    compares with the largest probability; top_p keeps the fewest tokens whose probabilities, renormalised after the
+    other cuts, reach it.
     """
     tokens = np.arange(len(row))
     if 0 < params.top_k < len(row):

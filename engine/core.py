@@ -1,0 +1,194 @@
+"""The engine: one loop over schedule, batch, run, sample, commit. Not thread-safe; llm.py gives it one thread."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .config import EngineConfig
+from .errors import ConfigError
+from .inputs import InputBuilder, Request
+from .runtime.batch import BatchBuilder
+from .runtime.blocks import BlockPool
+from .runtime.kv_cache import allocate, plan_num_blocks
+from .runtime.runner import Model, Runner
+from .runtime.sampler import Sampler
+from .runtime.scheduler import Scheduler
+from .runtime.sequence import Schedule, Sequence
+from .runtime.state import RequestState
+from .types import NgramGuard
+
+if TYPE_CHECKING:
+    from .text.tokenizer import Tokenizer
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class Engine:
+    """A model with its cache and queues.
+
+    Call `add_request` any number of times, then `step` while `has_work`. `closeables` are closed with the engine.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        model: Model,
+        dtype: torch.dtype,
+        tokenizer: Tokenizer | None = None,
+        closeables: tuple[Any, ...] = (),
+    ) -> None:
+        decoder = model.config.decoder
+        self.config = config
+        self.model_config = model.config
+        self.tokenizer = tokenizer
+        self.max_model_len = resolve_max_model_len(config, decoder.max_position_embeddings)
+        num_blocks = plan_num_blocks(config, decoder, dtype, self.max_model_len)
+        kv = allocate(decoder, dtype, num_blocks, config.block_size)
+        pool = BlockPool(num_blocks, config.block_size)
+        self.scheduler = Scheduler(pool, config.max_num_seqs, config.max_batch_tokens, self.max_model_len)
+        self.runner = Runner(model, kv)
+        max_blocks = min(num_blocks, pool.num_needed(self.max_model_len))
+        self.batches = BatchBuilder(
+            config.max_batch_tokens, config.max_num_seqs, max_blocks, config.block_size, self.runner.image_rows
+        )
+        self.sampler = Sampler()
+        self.inputs = InputBuilder(
+            decoder.vocab_size,
+            tokenizer,
+            decoder.bos_token_id,
+            getattr(model.config, "image_token_id", None),
+            getattr(model.config, "processor", None),
+        )
+        self._eos_token_ids = decoder.eos_token_ids
+        self._closeables = closeables
+        self._states: dict[Sequence, RequestState] = {}
+
+    @property
+    def has_work(self) -> bool:
+        return self.scheduler.has_work
+
+    def check_capacity(self, request: Request) -> int:
+        """Tokens that the answer may have. Safe in any thread. Raises CapacityError if the request can never fit."""
+        return self.scheduler.resolve_max_tokens(len(request.token_ids), request.sampling.max_tokens)
+
+    def add_request(self, request: Request) -> RequestState:
+        """Queue a request. Raises CapacityError if it can never fit."""
+        if request.sampling.ngram_guard is True:
+            request.sampling = replace(request.sampling, ngram_guard=NgramGuard())
+        state = RequestState(request, self.check_capacity(request), self._eos_token_ids, self.tokenizer)
+        self.scheduler.add(state.sequence)
+        self._states[state.sequence] = state
+        return state
+
+    def cancel(self, state: RequestState) -> None:
+        """End a request with finish_reason "abort", keeping what it has; harmless if it has ended."""
+        if not state.finished:
+            state.finish("abort")
+            self._retire(state)
+
+    def step(self) -> list[RequestState]:
+        """One pass: each scheduled request moves on by a chunk of its prompt or by one token.
+
+        Returns the requests that got a token or ended. An error of one request ends that request only (`state.error`). An error of the pass itself is raised; the
+        requests are then still queued, and the caller decides.
+        """
+        schedule = self.scheduler.schedule()
+        changed = self._encode_images(schedule)
+        if schedule:
+            started = time.perf_counter()
+            logits = self.runner.run(self.batches.build(schedule))
+            self.scheduler.commit(schedule)
+            for chunk in schedule:
+                self._states[chunk.sequence].count_pass(time.perf_counter() - started)
+            sampling = [self._states[chunk.sequence] for chunk in schedule if chunk.samples]
+            for state, sampled in zip(
+                sampling, self.sampler.sample(logits, [s.sampler for s in sampling]), strict=True
+            ):
+                state.accept(sampled)
+                changed.append(state)
+        for state in changed:
+            if state.finished:
+                self._retire(state)
+        if self.config.check_blocks:
+            self.scheduler.check_integrity()
+        return changed
+
+    def abort_all(self, error: Exception) -> list[RequestState]:
+        """Fail every request with an error and free its blocks. Returns them. Raises EngineError if blocks are lost."""
+        states = list(self._states.values())
+        for state in states:
+            state.fail(error)
+            self._retire(state)
+        self.scheduler.check_integrity()
+        return states
+
+    def close(self) -> None:
+        """Free the cache, the model and its thread pool. The engine cannot be used afterwards."""
+        del self.runner, self.batches
+        for closeable in self._closeables:
+            closeable.close()
+        self._closeables = ()
+
+    def _encode_images(self, schedule: Schedule) -> list[RequestState]:
+        """Encode the images of requests that start; a request whose images fail leaves the schedule and is returned."""
+        failed = []
+        for chunk in list(schedule):
+            state = self._states[chunk.sequence]
+            state.mark_scheduled()
+            if not state.request.images or self.runner.has_images(chunk.sequence):
+                continue
+            try:
+                preprocess_s, encode_s = self.runner.encode(chunk.sequence, state.request.images)
+            except Exception as error:
+                state.fail(error)
+                schedule.remove(chunk)
+                failed.append(state)
+                continue
+            state.metrics.preprocess_s += preprocess_s
+            state.metrics.encode_s += encode_s
+        return failed
+
+    def _retire(self, state: RequestState) -> None:
+        self.scheduler.remove(state.sequence)
+        self.runner.release(state.sequence)
+        self._states.pop(state.sequence, None)
+
+
+def resolve_max_model_len(config: EngineConfig, max_position_embeddings: int) -> int:
+    """config.max_model_len, or the model's limit; asking for more than the model was made for is a ConfigError."""
+    if config.max_model_len is None:
+        return max_position_embeddings
+    if config.max_model_len > max_position_embeddings:
+        raise ConfigError(
+            f"max_model_len={config.max_model_len} is above the model's limit of {max_position_embeddings} positions; "
+            "lower it"
+        )
+    return config.max_model_len
+
+
+def build_engine(config: EngineConfig) -> Engine:
+    """Load a model and make an engine of it: the one place where files, ops, network and runtime meet.
+
+    Raises ConfigError, WeightsError or UnsupportedError, each naming the option, key or tensor.
+    """
+    from .loading.checkpoint import open_checkpoint
+    from .loading.hub import resolve_model
+    from .loading.model_config import read_model_config
+    from .models.registry import model_class
+    from .ops.registry import as_ops, resolve_ops
+    from .text.tokenizer import Tokenizer
+
+    config = config.resolve()
+    folder = resolve_model(config.model)
+    with open_checkpoint(folder) as checkpoint:
+        model_config = read_model_config(checkpoint.config)
+        dtype = DTYPES[model_config.torch_dtype if config.dtype == "auto" else config.dtype]
+        network = model_class(model_config.model_type, checkpoint.config.get("architectures") or ())
+        ops = resolve_ops(config.backend, network.op_cases(model_config, dtype), config.num_threads)
+        model = network.load(checkpoint, model_config, dtype, as_ops(ops))
+    tokenizer = Tokenizer(folder) if (folder / "tokenizer.json").is_file() else None
+    return Engine(config, model, dtype, tokenizer, closeables=(ops,))

@@ -1,0 +1,199 @@
+"""From what a user passes (a string, token ids, or a dict with images) to a Request the engine can run.
+
+Counts vision tokens with the same TilePlan that later builds their rows, so the two cannot disagree. Knows nothing of
+queues or the network.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from .config import ProcessorConfig
+from .errors import ConfigError, PromptError
+from .types import SamplingParams
+from .vision.images import load_image
+from .vision.modes import Mode, default_mode, resolve_mode
+from .vision.preprocess import preprocess
+from .vision.tiling import TilePlan, plan_tiles
+
+if TYPE_CHECKING:
+    from .text.tokenizer import Tokenizer
+    from .vision.images import ImageSource
+
+IMAGE_MARK = "<image>"
+PROMPT_KEYS = ("prompt", "images", "mode", "max_crops")
+
+Prompt: TypeAlias = str | Sequence[int] | Mapping[str, Any]
+
+
+class ImageSlot:
+    """One image of a prompt; its placeholders are the tokens start .. start+count-1.
+
+    Without `views` the source is opened a second time when its turn comes, so that a long list of pages does not hold
+    the pixels of all of them.
+    """
+
+    def __init__(self, source: ImageSource, plan: TilePlan, start: int, views: Any | None) -> None:
+        self.plan = plan
+        self.start = start
+        self.count = plan.num_image_tokens
+        self._source: ImageSource | None = source
+        self._views = views
+
+    def take_views(self) -> Any:
+        """The preprocessed pixels. Can be called once: neither source nor views are kept afterwards."""
+        source, views = self._source, self._views
+        self._source = self._views = None
+        if views is not None:
+            return views
+        if source is None:
+            raise PromptError("the views of this image were already taken")
+        return preprocess(load_image(source), self.plan)
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """A checked prompt: `token_ids` with every image mark already replaced by its placeholders."""
+
+    request_id: str
+    prompt: str | None
+    token_ids: list[int]
+    images: tuple[ImageSlot, ...]
+    sampling: SamplingParams
+    preprocess_s: float = 0.0
+
+    @property
+    def num_image_tokens(self) -> int:
+        return sum(image.count for image in self.images)
+
+
+class InputBuilder:
+    """Builds requests for one model. tokenizer, processor and image_token_id are None where the model has none."""
+
+    def __init__(
+        self,
+        vocab_size: int,
+        tokenizer: Tokenizer | None = None,
+        bos_token_id: int | None = None,
+        image_token_id: int | None = None,
+        processor: ProcessorConfig | None = None,
+    ) -> None:
+        self.vocab_size = vocab_size
+        self.tokenizer = tokenizer
+        self.bos_token_id = bos_token_id
+        self.processor = processor
+        if image_token_id is None and tokenizer is not None and processor is not None:
+            image_token_id = tokenizer.token_id(IMAGE_MARK)
+        self.image_token_id = image_token_id
+
+    def build(self, prompt: Prompt, sampling: SamplingParams, request_id: str, keep_views: bool = True) -> Request:
+        """Check a prompt and count its tokens.
+
+        prompt      str, token ids, or {"prompt": str or ids, "images": [...], "mode": name, "max_crops": int}
+        keep_views  preprocess the images now and keep the pixels; otherwise when the request's turn comes
+        Raises PromptError, ImageError or ConfigError.
+        """
+        self._check_sampling(sampling)
+        content, sources, mode = self._parse(prompt)
+        slots: list[ImageSlot] = []
+        started = time.perf_counter()
+        pieces = self._tokenize(content)
+        if len(pieces) - 1 != len(sources):
+            raise PromptError(
+                f"the prompt has {len(pieces) - 1} {IMAGE_MARK} marks but {len(sources)} images were given; "
+                "write one mark for each image"
+            )
+        token_ids = pieces[0]
+        for source, piece in zip(sources, pieces[1:]):
+            slot = self._slot(source, mode, len(token_ids), keep_views)
+            slots.append(slot)
+            token_ids += [self._image_id()] * slot.count + piece
+        if not token_ids:
+            raise PromptError("the prompt is empty; give at least one token")
+        text = content if isinstance(content, str) else None
+        spent = time.perf_counter() - started
+        return Request(request_id, text, token_ids, tuple(slots), sampling, spent if slots else 0.0)
+
+    def _parse(self, prompt: Prompt) -> tuple[str | Sequence[int], list[ImageSource], Mode | None]:
+        """Content, images and mode of a prompt in any of its forms."""
+        if not isinstance(prompt, Mapping):
+            return prompt, [], None
+        unknown = sorted(str(key) for key in prompt if key not in PROMPT_KEYS)
+        if unknown:
+            raise PromptError(f"unknown key {unknown[0]!r} in a prompt; known: {', '.join(PROMPT_KEYS)}")
+        if "prompt" not in prompt:
+            raise PromptError(f"a prompt given as a mapping needs the key 'prompt'; it has {sorted(prompt)}")
+        images = prompt.get("images") or ()
+        sources = list(images) if isinstance(images, (list, tuple)) else [images]
+        if self.processor is None:
+            if sources or prompt.get("mode") is not None:
+                raise PromptError("this model reads text only; leave out images and mode")
+            return prompt["prompt"], [], None
+        name = prompt.get("mode") or default_mode(self.processor).name
+        return prompt["prompt"], sources, resolve_mode(name, self.processor, prompt.get("max_crops"))
+
+    def _tokenize(self, content: str | Sequence[int]) -> list[list[int]]:
+        """Token ids of the pieces between image marks."""
+        if not isinstance(content, str):
+            return self._split_ids(content)
+        if self.tokenizer is None:
+            raise PromptError("this model's folder has no tokenizer.json, so a prompt must be a list of token ids")
+        if not content:
+            raise PromptError("the prompt is empty; give at least one token")
+        start = [] if self.bos_token_id is None else [self.bos_token_id]
+        if self.processor is None:
+            return [start + self.tokenizer.encode(content, parse_special=True)]
+        # The published template "plain": white space at both ends goes, each piece between images is encoded alone.
+        pieces = [
+            self.tokenizer.encode(piece, parse_special=True) if piece else []
+            for piece in content.strip().split(IMAGE_MARK)
+        ]
+        pieces[0] = start + pieces[0]
+        return pieces
+
+    def _split_ids(self, content: Sequence[int]) -> list[list[int]]:
+        pieces: list[list[int]] = [[]]
+        try:
+            ids = [int(token) for token in content if not isinstance(token, (str, bytes, float, bool))]
+        except (TypeError, ValueError):
+            ids = []
+        if isinstance(content, (bytes, bytearray)) or len(ids) != len(content):
+            raise PromptError(f"a prompt is a string, a list of token ids or a mapping, not {_describe(content)}")
+        for token in ids:
+            if not 0 <= token < self.vocab_size:
+                raise PromptError(f"token id {token} is outside the vocabulary, 0 to {self.vocab_size - 1}")
+            if token == self.image_token_id and self.processor is not None:
+                pieces.append([])
+            else:
+                pieces[-1].append(token)
+        return pieces
+
+    def _slot(self, source: ImageSource, mode: Mode | None, start: int, keep_views: bool) -> ImageSlot:
+        if mode is None:
+            raise PromptError("this model reads text only; leave out images and mode")
+        pixels = load_image(source)
+        plan = plan_tiles(pixels.shape[1], pixels.shape[0], mode)
+        return ImageSlot(source, plan, start, preprocess(pixels, plan) if keep_views else None)
+
+    def _image_id(self) -> int:
+        if self.image_token_id is None:
+            raise PromptError(
+                f"the model has no token for {IMAGE_MARK}: neither image_token_id in config.json nor the text in "
+                "tokenizer.json"
+            )
+        return self.image_token_id
+
+    def _check_sampling(self, sampling: SamplingParams) -> None:
+        for token in sampling.stop_token_ids:
+            if not isinstance(token, int) or not 0 <= token < self.vocab_size:
+                raise ConfigError(f"stop_token_ids holds {token!r}, outside the vocabulary 0 to {self.vocab_size - 1}")
+        if sampling.stop and self.tokenizer is None:
+            raise ConfigError("stop strings need a tokenizer.json in the model's folder; use stop_token_ids")
+
+
+def _describe(value: object) -> str:
+    shown = repr(value)
+    return f"{type(value).__name__} {shown if len(shown) <= 60 else shown[:57] + '...'}"

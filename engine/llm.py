@@ -1,0 +1,402 @@
+"""LLM: prompts in, RequestOutput out. One background thread runs the engine, and only while there is work.
+
+No signal handlers, no logging set-up, no global state beyond a weak list of open engines, closed at exit.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import threading
+import weakref
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import fields
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from .config import EngineConfig, ProcessorConfig
+from .core import Engine, build_engine
+from .errors import ConfigError, EngineClosedError, EngineError, PagelensError, PromptError
+from .inputs import Prompt, Request
+from .runtime.state import RequestState
+from .types import RequestOutput, SamplingParams
+
+if TYPE_CHECKING:
+    from .text.tokenizer import Tokenizer
+
+_open_llms: weakref.WeakSet[LLM] = weakref.WeakSet()
+
+
+class RequestHandle:
+    """A request on its way. Any thread may iterate it, wait for it or cancel it."""
+
+    def __init__(self, llm: LLM, request: Request) -> None:
+        self.request = request
+        self.request_id = request.request_id
+        self.error: Exception | None = None
+        self._llm = llm
+        self._pid = os.getpid()
+        self._changed = threading.Condition()
+        self._output: RequestOutput | None = None
+        self._version = 0
+        self._is_watched = False
+        self._done = False
+        self._state: RequestState | None = None  # belongs to the engine's thread
+
+    @property
+    def done(self) -> bool:
+        return self._done
+
+    def cancel(self) -> None:
+        """Ask the request to end with finish_reason "abort"; what it has so far stays. Harmless if it has ended."""
+        self._check_process()
+        self._llm._cancel(self)
+
+    def result(self, timeout: float | None = None) -> RequestOutput:
+        """Wait for the end. Raises the error that ended the request, or TimeoutError after `timeout` seconds."""
+        self._check_process()
+        if not self._wait(timeout):
+            raise TimeoutError(f"request {self.request_id} did not end within {timeout} s; it goes on")
+        return self._finished_output()
+
+    def __iter__(self) -> Iterator[RequestOutput]:
+        """Snapshots with the text so far; one that comes late sees the newest only. The last has `finished` True.
+
+        Raises the error that ended the request, after the last snapshot.
+        """
+        self._check_process()
+        seen = 0
+        while True:
+            with self._changed:
+                self._is_watched = True
+                while not self._done and self._version == seen:
+                    self._changed.wait()
+                output, seen, done = self._output, self._version, self._done
+            if output is not None:
+                yield output
+            if done:
+                self._finished_output()
+                return
+
+    def stream_text(self) -> Iterator[str]:
+        """The pieces by which the text grows; joined they are the text of the result."""
+        length = 0
+        for output in self:
+            text = output.outputs[0].text
+            if len(text) > length:
+                yield text[length:]
+                length = len(text)
+
+    def _wait(self, timeout: float | None = None) -> bool:
+        with self._changed:
+            return self._changed.wait_for(lambda: self._done, timeout)
+
+    def _finished_output(self) -> RequestOutput:
+        if self.error is not None:
+            raise self.error
+        if self._output is None:
+            raise EngineError(f"request {self.request_id} ended without a result")
+        return self._output
+
+    def _publish(self, state: RequestState) -> None:
+        """Called by the engine's thread when the request has moved on. Copies it only if somebody looks."""
+        with self._changed:
+            if not (self._is_watched or state.finished):
+                return
+            self._output = state.output()
+            self._version += 1
+            if state.finished:
+                self.error = state.error
+                self._done = True
+            self._changed.notify_all()
+
+    def _fail(self, error: Exception) -> None:
+        with self._changed:
+            if not self._done:
+                self.error = error
+                self._done = True
+                self._changed.notify_all()
+
+    def _check_process(self) -> None:
+        if os.getpid() != self._pid:
+            raise EngineClosedError(_forked_message(self._pid))
+
+
+class LLM:
+    """A model ready to answer. Use as a context manager, or call `close()`.
+
+    model             folder or hub id
+    dtype             "auto" (the checkpoint's), "float32", "bfloat16"
+    backend           "auto", "reference", "native"
+    num_threads       None = the cores this process may use
+    max_model_len     longest prompt + answer; None = the model's own limit
+    max_num_seqs      most requests decoded together
+    max_batch_tokens  most tokens in one pass; longer prompts are cut into chunks
+    kv_cache_bytes    None = room for max_num_seqs requests, at most 1 GiB
+    Raises ConfigError naming an unknown option or a bad value; WeightsError; UnsupportedError.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        dtype: str = "auto",
+        device: str = "cpu",
+        backend: str = "auto",
+        weights: str = "auto",
+        num_threads: int | None = None,
+        max_model_len: int | None = None,
+        max_num_seqs: int = 16,
+        max_batch_tokens: int = 2048,
+        kv_cache_bytes: int | None = None,
+        block_size: int = 16,
+        check_blocks: bool = False,
+        **unknown: Any,
+    ) -> None:
+        if unknown:
+            known = ", ".join(field.name for field in fields(EngineConfig))
+            raise ConfigError(f"unknown option {next(iter(unknown))!r}; known: {known}")
+        options: dict[str, Any] = {
+            "model": str(model),
+            "dtype": dtype,
+            "device": device,
+            "backend": backend,
+            "weights": weights,
+            "num_threads": num_threads,
+            "max_model_len": max_model_len,
+            "max_num_seqs": max_num_seqs,
+            "max_batch_tokens": max_batch_tokens,
+            "kv_cache_bytes": kv_cache_bytes,
+            "block_size": block_size,
+            "check_blocks": check_blocks,
+        }
+        self._start(build_engine(EngineConfig(**options).resolve()))
+
+    @classmethod
+    def from_engine(cls, engine: Engine) -> LLM:
+        """An LLM over an engine built by hand, which it then owns."""
+        llm = cls.__new__(cls)
+        llm._start(engine)
+        return llm
+
+    def _start(self, engine: Engine) -> None:
+        self.config = engine.config
+        self.model_config = engine.model_config
+        self.tokenizer: Tokenizer | None = engine.tokenizer
+        self.max_model_len = engine.max_model_len
+        self._engine: Engine | None = engine
+        self._inputs = engine.inputs
+        self._pid = os.getpid()
+        self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None
+        self._arrivals: deque[RequestHandle] = deque()
+        self._cancels: deque[RequestHandle] = deque()
+        self._handles: dict[RequestState, RequestHandle] = {}
+        self._closed_because: str | None = None
+        self._num_requests = 0
+        _open_llms.add(self)
+
+    @property
+    def processor(self) -> ProcessorConfig:
+        """How the model takes pages. Raises ConfigError if it reads text only."""
+        processor: ProcessorConfig | None = self._inputs.processor
+        if processor is None:
+            raise ConfigError("this model reads text only; it has no page modes")
+        return processor
+
+    # ---- requests --------------------------------------------------------------------------------------------------
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> list[RequestOutput]:
+        """Answer all prompts, batched; outputs in the order of the prompts.
+
+        prompts          one prompt or a list: a string, a list of token ids, or {"prompt": ..., "images": [...],
+                         "mode": ..., "max_crops": ...}
+        sampling_params  one for all, or one each
+        A bad prompt raises before anything runs, and the message names its index. A request that fails on its own
+        while running (its logits are NaN, its image cannot be encoded) comes back with finish_reason "abort" and the
+        sentence as stop_reason, and the others are unaffected; a failure of the engine itself is raised.
+        """
+        self._check_open()
+        listed = _as_list(prompts)
+        params = _as_params(sampling_params, len(listed))
+        requests = []
+        for index, (prompt, sampling) in enumerate(zip(listed, params)):
+            try:
+                requests.append(self._build(prompt, sampling, keep_views=False))
+            except PagelensError as error:
+                raise type(error)(f"prompt {index}: {error}") from error
+        handles = self._enqueue(requests)
+        try:
+            for handle in handles:
+                handle._wait()
+        except BaseException:
+            for handle in handles:
+                self._cancel(handle)
+            raise
+        return [handle._output or handle._finished_output() for handle in handles]
+
+    def submit(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> RequestHandle:
+        """Start one request and return at once; any thread may call it.
+
+        The prompt is as in `generate`; its images are preprocessed in the caller's thread.
+        Raises PromptError, ImageError, CapacityError, ConfigError, or EngineClosedError.
+        """
+        self._check_open()
+        return self._enqueue([self._build(prompt, sampling_params or SamplingParams(), keep_views=True)])[0]
+
+    def _build(self, prompt: Prompt, sampling: SamplingParams, keep_views: bool) -> Request:
+        with self._lock:
+            engine = self._require_engine()
+            self._num_requests += 1
+            request_id = str(self._num_requests - 1)
+        request = self._inputs.build(prompt, sampling, request_id, keep_views)
+        engine.check_capacity(request)
+        return request
+
+    def _enqueue(self, requests: list[Request]) -> list[RequestHandle]:
+        handles = [RequestHandle(self, request) for request in requests]
+        with self._lock:
+            self._require_engine()
+            self._arrivals.extend(handles)
+            if self._thread is None and handles:
+                self._thread = threading.Thread(target=self._loop, name="pagelens-engine", daemon=True)
+                self._thread.start()
+        return handles
+
+    def _cancel(self, handle: RequestHandle) -> None:
+        with self._lock:
+            if self._thread is not None and not handle._done:
+                self._cancels.append(handle)
+
+    # ---- the engine's thread ---------------------------------------------------------------------------------------
+    def _loop(self) -> None:
+        """Step until there is nothing to do. Whatever happens, no handle is left waiting."""
+        while True:
+            with self._lock:
+                engine = self._engine
+                if engine is None or self._closed_because is not None:
+                    self._thread = None
+                    return
+                self._take_in(engine)
+                if not engine.has_work:
+                    self._thread = None
+                    return
+            try:
+                changed = engine.step()
+            except BaseException as error:
+                self._recover(engine, error)
+                continue
+            for state in changed:
+                self._publish(state)
+
+    def _take_in(self, engine: Engine) -> None:
+        """Hand arrivals and cancellations to the engine."""
+        while self._arrivals:
+            handle = self._arrivals.popleft()
+            try:
+                handle._state = engine.add_request(handle.request)
+            except Exception as error:
+                handle._fail(error)
+            else:
+                self._handles[handle._state] = handle
+        while self._cancels:
+            state = self._cancels.popleft()._state
+            if state is not None and state in self._handles:
+                engine.cancel(state)
+                self._publish(state)
+
+    def _publish(self, state: RequestState) -> None:
+        self._handles[state]._publish(state)
+        if state.finished:
+            del self._handles[state]
+
+    def _recover(self, engine: Engine, cause: BaseException) -> None:
+        """A pass failed: fail what is in flight. The engine goes on unless its blocks are no longer in order."""
+        error = EngineError(f"a pass of the engine failed: {type(cause).__name__}: {cause}")
+        error.__cause__ = cause
+        try:
+            engine.abort_all(error)
+        except Exception as broken:
+            with self._lock:
+                self._closed_because = f"the engine died: {error}; its block table is broken: {broken}"
+        self._fail_in_flight(error)
+
+    def _fail_in_flight(self, error: Exception) -> None:
+        with self._lock:
+            handles = [*self._handles.values()]
+            if self._closed_because is not None:
+                handles += self._arrivals
+                self._arrivals.clear()
+            self._handles.clear()
+            self._cancels.clear()
+        for handle in handles:
+            handle._fail(error)
+
+    # ---- end -------------------------------------------------------------------------------------------------------
+    def close(self) -> None:
+        """Free the cache, the model and the threads. Requests in flight fail with EngineClosedError. Idempotent."""
+        if os.getpid() != self._pid:
+            return  # what a fork copied belongs to the parent; its thread does not exist here
+        with self._lock:
+            if self._closed_because is None:
+                self._closed_because = "the engine was closed; make a new one"
+            engine, thread, self._engine = self._engine, self._thread, None
+        if thread is not None:
+            thread.join()
+        self._fail_in_flight(EngineClosedError("the engine was closed while the request ran"))
+        if engine is not None:
+            engine.close()
+        _open_llms.discard(self)
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    def _check_open(self) -> None:
+        # The process comes first: after a fork the lock may be held by a thread that does not exist here.
+        if os.getpid() != self._pid:
+            raise EngineClosedError(_forked_message(self._pid))
+        with self._lock:
+            self._require_engine()
+
+    def _require_engine(self) -> Engine:
+        if self._closed_because is not None or self._engine is None:
+            raise EngineClosedError(self._closed_because or "the engine was closed; make a new one")
+        return self._engine
+
+
+def _forked_message(pid: int) -> str:
+    return (
+        f"this engine belongs to process {pid} and cannot be used in its fork {os.getpid()}; "
+        "make the engine after the fork, or start processes with the method 'spawn'"
+    )
+
+
+def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """One prompt in any form becomes a list of one; a non-empty list of integers is one prompt."""
+    if isinstance(prompts, (str, bytes)) or not isinstance(prompts, Sequence):
+        return [prompts]  # type: ignore[list-item]
+    if prompts and all(isinstance(item, int) for item in prompts):
+        return [prompts]  # type: ignore[list-item]
+    return list(prompts)  # type: ignore[arg-type]
+
+
+def _as_params(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
+    if params is None or isinstance(params, SamplingParams):
+        return [params or SamplingParams()] * count
+    listed = list(params)
+    if len(listed) != count:
+        raise PromptError(f"{len(listed)} sampling params were given for {count} prompts; give one, or one for each")
+    return listed
+
+
+@atexit.register
+def _close_all() -> None:
+    for llm in list(_open_llms):
+        llm.close()

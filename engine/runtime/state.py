@@ -1,0 +1,138 @@
+"""Everything the engine knows of one request while it runs, and what happens when it gets a token."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from ..types import CompletionOutput, Logprob, NgramGuard, RequestMetrics, RequestOutput, SamplingParams
+from .repetition import RepetitionDetector
+from .sampler import Sampled, SequenceSampler
+from .sequence import Sequence
+
+if TYPE_CHECKING:
+    from ..inputs import Request
+    from ..text.stream import IncrementalDetokenizer
+    from ..text.tokenizer import Tokenizer
+
+
+class RequestState:
+    """One request: its sequence, how its tokens are chosen, its text so far, and why it ended."""
+
+    def __init__(
+        self, request: Request, max_new_tokens: int, eos_token_ids: tuple[int, ...], tokenizer: Tokenizer | None
+    ) -> None:
+        params = request.sampling
+        self.request = request
+        self.params = params
+        self.sequence = Sequence(request.request_id, list(request.token_ids), len(request.token_ids), max_new_tokens)
+        self._eos_ids = frozenset() if params.ignore_eos else frozenset(eos_token_ids)
+        self._stop_ids = frozenset(params.stop_token_ids)
+        guard = params.ngram_guard if isinstance(params.ngram_guard, NgramGuard) else NgramGuard()
+        whitelist = resolve_whitelist(guard, tokenizer)
+        end_ids = self._eos_ids | self._stop_ids
+        self.sampler = SequenceSampler(params, request.token_ids, end_ids, whitelist)
+        self._detector = RepetitionDetector(whitelist) if params.detect_repetition else None
+        self._detokenizer = make_detokenizer(params, tokenizer)
+        self._logprobs: list[dict[int, Logprob]] | None = None if params.logprobs is None else []
+        self._cumulative_logprob = 0.0
+        self.finish_reason: str | None = None
+        self.stop_reason: int | str | None = None
+        self.error: Exception | None = None
+        self.metrics = RequestMetrics(preprocess_s=request.preprocess_s, num_image_tokens=request.num_image_tokens)
+        self._arrived = time.perf_counter()
+        self._scheduled: float | None = None
+        self._first_token: float | None = None
+
+    @property
+    def finished(self) -> bool:
+        return self.finish_reason is not None
+
+    def mark_scheduled(self) -> None:
+        """Called whenever the request is part of a pass; the first time ends its wait in the queue."""
+        if self._scheduled is None:
+            self._scheduled = time.perf_counter()
+            self.metrics.queue_s = self._scheduled - self._arrived
+
+    def count_pass(self, seconds: float) -> None:
+        """A pass with tokens of this request took so long; those before its first token are its prefill."""
+        if self._first_token is None:
+            self.metrics.prefill_s += seconds
+
+    def accept(self, sampled: Sampled) -> None:
+        """Take a chosen token, or the error that there is none, and decide whether the answer has ended."""
+        if sampled.error is not None:
+            self.fail(sampled.error)
+            return
+        token = sampled.token
+        self.sequence.token_ids.append(token)
+        self.sampler.observe(token)
+        if self._logprobs is not None and sampled.logprobs is not None:
+            self._logprobs.append(sampled.logprobs)
+            self._cumulative_logprob += sampled.logprobs[token].logprob
+        self._clock_token()
+        if token in self._eos_ids or token in self._stop_ids:
+            self.finish("stop", None if token in self._eos_ids else token)
+            return
+        if self._detokenizer is not None:
+            self._detokenizer.push([token])
+            if self._detokenizer.stopped is not None:
+                self.finish("stop", self._detokenizer.stopped)
+                return
+        if self._detector is not None and self._detector.push(token):
+            self.finish("repetition")
+        elif self.sequence.num_generated >= self.sequence.max_new_tokens:
+            self.finish("length")
+
+    def finish(self, reason: str, stop_reason: int | str | None = None) -> None:
+        """End the answer; text held back until now is given out."""
+        self.finish_reason, self.stop_reason = reason, stop_reason
+        if self._detokenizer is not None:
+            self._detokenizer.finish()
+        self.metrics.num_preemptions = self.sequence.num_preemptions
+
+    def fail(self, error: Exception) -> None:
+        """End the answer because of an error of this request: finish_reason "abort", the sentence as stop_reason."""
+        self.error = error
+        self.finish("abort", str(error))
+
+    def output(self) -> RequestOutput:
+        """A snapshot that later steps do not change."""
+        sequence = self.sequence
+        answer = CompletionOutput(
+            index=0,
+            text="" if self._detokenizer is None else self._detokenizer.text,
+            token_ids=sequence.token_ids[sequence.num_prompt_tokens :],
+            finish_reason=self.finish_reason,
+            stop_reason=self.stop_reason,
+            logprobs=None if self._logprobs is None else list(self._logprobs),
+            cumulative_logprob=None if self._logprobs is None else self._cumulative_logprob,
+        )
+        request = self.request
+        return RequestOutput(
+            request.request_id, request.prompt, request.token_ids, [answer], self.finished, replace(self.metrics)
+        )
+
+    def _clock_token(self) -> None:
+        now = time.perf_counter()
+        if self._first_token is None:
+            self._first_token = now
+            self.metrics.time_to_first_token_s = now - self._arrived
+        else:
+            self.metrics.decode_s = now - self._first_token
+
+
+def resolve_whitelist(guard: NgramGuard, tokenizer: Tokenizer | None) -> frozenset[int]:
+    """Ids of the white-listed texts that are tokens of this model."""
+    if tokenizer is None:
+        return frozenset()
+    return frozenset(found for text in guard.whitelist if (found := tokenizer.token_id(text)) is not None)
+
+
+def make_detokenizer(params: SamplingParams, tokenizer: Tokenizer | None) -> IncrementalDetokenizer | None:
+    if tokenizer is None:
+        return None
+    from ..text.stream import IncrementalDetokenizer
+
+    return IncrementalDetokenizer(tokenizer, params.stop, params.skip_special_tokens, params.min_tokens)
