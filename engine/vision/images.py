@@ -9,7 +9,6 @@ from __future__ import annotations
 import io
 import os
 import stat
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias
 
 import numpy as np
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
 
 # Pillow's own default limit: 268 MB of RGB, an A3 page at 600 dpi (70 million pixels) passes.
 MAX_PIXELS = 178_956_970 // 2
-# The largest side a JPEG can have. Longer strips would need weight tables and buffers out of proportion to their pixels.
+# The largest side a JPEG can have. Longer strips would need tables and buffers out of proportion to their pixels.
 MAX_SIDE = 65_535
 FORMATS = "PNG, JPEG, WEBP, BMP, TIFF or GIF"
 ORIENTATION_TAG = 0x0112
@@ -58,7 +57,7 @@ def load_image(source: ImageSource, max_pixels: int = MAX_PIXELS, composite_alph
 def _from_path(path: str | os.PathLike[str], max_pixels: int, composite_alpha: bool) -> NDArray[np.uint8]:
     name = repr(os.fspath(path))
     try:
-        file = Path(path).open("rb")
+        file = open(path, "rb")  # noqa: SIM115 - closed below; here only the opening may fail
         regular = stat.S_ISREG(os.fstat(file.fileno()).st_mode)
     except IsADirectoryError:
         raise ImageError(f"cannot open image {name}: it is a folder") from None
@@ -93,21 +92,18 @@ def _from_file(file: BinaryIO, name: str, max_pixels: int, composite_alpha: bool
 
 def _decoder(head: bytes) -> Any:
     """The Pillow class for files that begin like `head`, or None."""
-    if head.startswith(b"\x89PNG\r\n\x1a\n"):
-        from PIL.PngImagePlugin import PngImageFile as decoder
-    elif head.startswith(b"\xff\xd8\xff"):
-        from PIL.JpegImagePlugin import JpegImageFile as decoder
-    elif head.startswith(b"RIFF") and head[8:12] == b"WEBP":
-        from PIL.WebPImagePlugin import WebPImageFile as decoder
-    elif head.startswith(b"BM"):
-        from PIL.BmpImagePlugin import BmpImageFile as decoder
-    elif head.startswith((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")):
-        from PIL.TiffImagePlugin import TiffImageFile as decoder
-    elif head.startswith((b"GIF87a", b"GIF89a")):
-        from PIL.GifImagePlugin import GifImageFile as decoder
-    else:
-        return None
-    return decoder
+    from PIL import BmpImagePlugin, GifImagePlugin, JpegImagePlugin, PngImagePlugin, TiffImagePlugin, WebPImagePlugin
+
+    if head.startswith(b"RIFF"):
+        return WebPImagePlugin.WebPImageFile if head[8:12] == b"WEBP" else None
+    decoders: tuple[tuple[tuple[bytes, ...], Any], ...] = (
+        ((b"\x89PNG\r\n\x1a\n",), PngImagePlugin.PngImageFile),
+        ((b"\xff\xd8\xff",), JpegImagePlugin.JpegImageFile),
+        ((b"BM",), BmpImagePlugin.BmpImageFile),
+        ((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"), TiffImagePlugin.TiffImageFile),
+        ((b"GIF87a", b"GIF89a"), GifImagePlugin.GifImageFile),
+    )
+    return next((decoder for starts, decoder in decoders if head.startswith(starts)), None)
 
 
 def _check_size(width: int, height: int, name: str, max_pixels: int) -> None:

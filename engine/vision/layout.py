@@ -51,8 +51,8 @@ def build_rows(
 ) -> Tensor:
     """The rows of one image, in prompt order.
 
-    global_features [q_g, q_g, C]; local_features [n, q_l, q_l, C] in row-major tile order, None if the plan has no tiles;
-    newline, separator [C]. Returns [plan.num_image_tokens, C] in the features' dtype, new memory.
+    global_features [q_g, q_g, C]; local_features [n, q_l, q_l, C] in row-major tile order, None without
+    tiles; newline, separator [C]. Returns [plan.num_image_tokens, C] in the features' dtype, new memory.
     Raises ShapeError if a tensor does not fit the plan.
     """
     import torch

@@ -10,9 +10,7 @@ from dataclasses import dataclass, replace
 from ..config import ProcessorConfig
 from ..errors import ConfigError, PromptError
 
-MAX_TILES = (
-    64  # no model was trained on more than 32; a bound keeps one page from filling the context by a typing error
-)
+MAX_TILES = 32  # no published model was trained on more
 PIXELS_PER_TOKEN = 64  # one vision token stands for 64x64 pixels: patches of 16, then 4x fewer per side
 
 
@@ -23,7 +21,7 @@ class Mode:
     base_size       side of the global view in pixels
     tile_size       side of a tile in pixels; None = the mode has no tiles
     min_crops, max_crops   limits of the number of tiles (0 without tiles)
-    tile_threshold  a page with both sides at most this is not tiled (640 in the published models, whatever the tile size)
+    tile_threshold  a page with both sides at most this is not tiled (published: 640 for any tile size)
     squash          the global view is resized to a square ignoring the aspect ratio (else contained and padded)
     experimental    no released weights were trained for this mode
     """
@@ -93,8 +91,8 @@ def available_modes(processor: ProcessorConfig) -> dict[str, Mode]:
 def resolve_mode(name: str, processor: ProcessorConfig, max_crops: int | None = None) -> Mode:
     """The mode called `name` (case ignored), with at most `max_crops` tiles if that is given.
 
-    `max_crops` is an upper limit, so a mode without tiles satisfies any. Raises PromptError if the checkpoint has no such
-    mode, or if max_crops is outside the mode's minimum to MAX_TILES.
+    `max_crops` is an upper limit, so a mode without tiles satisfies any. Raises PromptError if the checkpoint has no
+    such mode, or if max_crops is outside the mode's minimum to MAX_TILES.
     """
     modes = available_modes(processor)
     mode = modes.get(name.lower()) if isinstance(name, str) else None

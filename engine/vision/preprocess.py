@@ -49,7 +49,7 @@ def global_pixels(image: NDArray[np.uint8], plan: TilePlan) -> NDArray[np.uint8]
 
 
 def contained_size(width: int, height: int, size: int) -> tuple[int, int]:
-    """The largest (width, height) of this aspect ratio within size x size; ties to even, a side that vanishes becomes 1."""
+    """Largest (width, height) of this aspect ratio within size x size; ties to even, a side never below 1."""
     if width == height:
         return size, size
     if width > height:
@@ -58,16 +58,17 @@ def contained_size(width: int, height: int, size: int) -> tuple[int, int]:
 
 
 def tile_pixels(image: NDArray[np.uint8], plan: TilePlan) -> NDArray[np.uint8]:
-    """The page stretched over the whole grid and cut, row-major. [n, T, T, 3] uint8, a view in stride order."""
+    """The page stretched over the whole grid and cut, row-major. [n, T, T, 3] uint8."""
     tile, columns, rows = plan.tile_size, plan.columns, plan.rows
     stretched = resize_rgb(image, columns * tile, rows * tile)
-    return stretched.reshape(rows, tile, columns, tile, 3).swapaxes(1, 2).reshape(-1, tile, tile, 3)
+    grid = stretched.reshape(rows, tile, columns, tile, 3)
+    return np.ascontiguousarray(grid.swapaxes(1, 2)).reshape(-1, tile, tile, 3)
 
 
 def normalise(pixels: NDArray[np.uint8]) -> Tensor:
     """((v / 255) - 0.5) / 0.5 in float32, each step rounded as the published code rounds it.
 
-    pixels [n, S, S, 3] uint8 -> [n, 3, S, S] float32. A pixel has 256 possible values, so a table gives exactly these bits.
+    pixels [n, S, S, 3] uint8 -> [n, 3, S, S] float32. A pixel has 256 values, so a table gives exactly these bits.
     """
     import torch
 

@@ -1,8 +1,8 @@
 """Bicubic resize of 8-bit RGB pictures with exactly the bytes of Pillow before version 13.
 
-The published models were trained and run on those bytes. Pillow 13 changed the order of the two passes (up to 20 levels of
-difference), so Pillow only decodes here. `resize_rgb` is the C++ kernel (csrc/cpu/resize.cpp); `resize_rgb_reference` says
-the same in numpy and is its oracle. Source: deepseek-ocr.md sections 3.5 and 5.5.
+The published models were trained and run on those bytes. Pillow 13 changed the order of the two passes (up to 20 levels
+of difference), so Pillow only decodes here. `resize_rgb` is the C++ kernel (csrc/cpu/resize.cpp);
+`resize_rgb_reference` says the same in numpy and is its oracle. Source: deepseek-ocr.md sections 3.5 and 5.5.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def axis_weights(size: int, new_size: int) -> list[tuple[int, NDArray[np.int64]]
 
 
 def _sum_in_order(values: list[float]) -> float:
-    """Left to right, rounding after each step: the builtin `sum` compensates from Python 3.12 on, and Pillow does not."""
+    """Left to right, rounding at each step: the builtin `sum` compensates from Python 3.12 on, Pillow does not."""
     total = 0.0
     for value in values:
         total += value

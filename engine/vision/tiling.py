@@ -1,6 +1,6 @@
 """From the size of a page and a mode to the grid of tiles and the number of vision tokens.
 
-Integers only, but for one float64 comparison that the published preprocessing makes (aspect ratio against columns/rows).
+Integers only, but for the float64 comparison of aspect ratios that the published preprocessing makes.
 No pixels, no tensors. Source: deepseek-ocr.md sections 4 and 5.2.
 """
 
@@ -49,7 +49,7 @@ class TilePlan:
 
     @property
     def num_image_tokens(self) -> int:
-        """Rows that replace the image mark in the prompt, newlines and separator included; counted on the row map itself."""
+        """Rows that replace the image mark, newlines and separator included; counted on the row map itself."""
         return len(row_sources(self.columns, self.rows, self.local_grid, self.global_grid))
 
     @property
