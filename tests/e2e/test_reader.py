@@ -68,7 +68,7 @@ def test_usage_adds_up(reader: Reader) -> None:
     side = reader.processor.base_size // 64
     assert usage.image_tokens == side * (side + 1) + 1
     assert usage.text_tokens > 0
-    assert usage.compression_ratio == pytest.approx(usage.text_tokens / usage.valid_image_tokens)
+    assert usage.compression_ratio == round(usage.text_tokens / usage.valid_image_tokens, 2)
     assert {"preprocess", "encode", "prefill", "decode"} <= set(usage.seconds)
     assert all(seconds >= 0 for seconds in usage.seconds.values())
     assert page.finish_reason in ("stop", "length")
