@@ -3,6 +3,7 @@
 Knows nothing of models, shards or configuration. Everything in a header is taken as hostile: it is checked against the
 format's rules before a byte of data is touched, so that no tensor can reach outside the file. The rules are those of
 the reference implementation (github.com/safetensors/safetensors); where the two differ, ours refuses more:
+- white space before the header's '{' is refused, and so is a tensor that is named twice (the library keeps the last);
 - a tensor entry with fields other than dtype, shape and data_offsets, or given as a list, is refused;
 - `__metadata__: null` is refused;
 - a dimension product that overflows is refused even if another dimension is zero; ranks above 32 are refused.
