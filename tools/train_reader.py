@@ -102,8 +102,8 @@ def run(a: argparse.Namespace) -> int:
         make_tokenizer(tokenizer_text()).save(a.out)
         return 0
     if a.command == "train":
-        same = "out tokenizer recipe minutes steps seed world init aux resume lr muon_lr slow freeze log_every save_minutes"
-        values = {name: getattr(a, name) for name in [*same.split(" "), "font_dir"]}
+        same = "out tokenizer recipe minutes steps seed world init aux resume lr muon_lr slow freeze log_every"
+        values = {name: getattr(a, name) for name in [*same.split(" "), "save_minutes", "font_dir"]}
         train(Settings(**values, bf16=not a.float32))
         return 0
     if a.threads:

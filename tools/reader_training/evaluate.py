@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -165,9 +166,9 @@ def stored_base_size(folder: str) -> int:
 
 
 def with_base_size(folder: str, base_size: int, scratch: str) -> str:
-    """A copy of a reader's folder whose config.json names another whole-page view; weights are linked, not copied."""
+    """A copy of a reader's folder whose config.json names another whole-page view (the engine follows no links)."""
     for name in ("model.safetensors", "tokenizer.json"):
-        os.symlink(os.path.abspath(os.path.join(folder, name)), os.path.join(scratch, name))
+        shutil.copyfile(os.path.join(folder, name), os.path.join(scratch, name))
     values = _config(folder)
     values["processor"]["base_size"] = base_size
     write_json(os.path.join(scratch, "config.json"), values)
@@ -214,12 +215,12 @@ def read_tasks(source: Source, n: int, seed: int, markdown: bool) -> Iterator[tu
 def report(source: Source, n: int, seed: int, markdown: bool) -> dict[str, Any]:
     """Print and return the figures of a reader."""
     result: dict[str, Any] = {"seed": seed, "prompt": "md" if markdown else "plain", "through": source.through}
-    print(f"{'':52s} pages  chars  CER %   +-  exact %")
+    print(f"{'':60s} pages  chars  CER %   +-  exact %")
     for task, pages, answers in read_tasks(source, n, seed, markdown):
         s = score(pages, answers)
         result[task.name] = asdict(s)
         figures = f"{s.pages:5d} {s.characters:6d} {100 * s.cer:6.2f} {100 * s.error:5.2f} {100 * s.exact:7.1f}"
-        print(f"{task.name:52s} {figures}", flush=True)
+        print(f"{task.name:60s} {figures}", flush=True)
     return result
 
 
