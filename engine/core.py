@@ -93,8 +93,8 @@ class Engine:
     def step(self) -> list[RequestState]:
         """One pass: each scheduled request moves on by a chunk of its prompt or by one token.
 
-        Returns the requests that got a token or ended. An error of one request ends that request only (`state.error`). An error of the pass itself is raised; the
-        requests are then still queued, and the caller decides.
+        Returns the requests that got a token or ended. An error of one request ends that request only (`state.error`).
+        An error of the pass itself is raised; the requests are then still queued, and the caller decides.
         """
         schedule = self.scheduler.schedule()
         changed = self._encode_images(schedule)
@@ -105,11 +105,10 @@ class Engine:
             for chunk in schedule:
                 self._states[chunk.sequence].count_pass(time.perf_counter() - started)
             sampling = [self._states[chunk.sequence] for chunk in schedule if chunk.samples]
-            for state, sampled in zip(
-                sampling, self.sampler.sample(logits, [s.sampler for s in sampling]), strict=True
-            ):
+            chosen = self.sampler.sample(logits, [state.sampler for state in sampling])
+            for state, sampled in zip(sampling, chosen, strict=True):
                 state.accept(sampled)
-                changed.append(state)
+            changed += sampling
         for state in changed:
             if state.finished:
                 self._retire(state)
