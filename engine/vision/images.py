@@ -19,7 +19,8 @@ from ..errors import ImageError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    ImageSource: TypeAlias = str | os.PathLike[str] | bytes | bytearray | memoryview | Image | NDArray[np.uint8]
+# A string, because Pillow is imported on first use.
+ImageSource: TypeAlias = "str | os.PathLike[str] | bytes | bytearray | memoryview | Image | NDArray[np.uint8]"
 
 # Pillow's own default limit: 268 MB of RGB, an A3 page at 600 dpi (70 million pixels) passes.
 MAX_PIXELS = 178_956_970 // 2

@@ -72,7 +72,13 @@ def normalise(pixels: NDArray[np.uint8]) -> Tensor:
     """
     import torch
 
-    return torch.from_numpy(np.take(_table(), pixels.transpose(0, 3, 1, 2)))
+    views = np.empty((len(pixels), 3, *pixels.shape[1:3]), dtype=np.float32)
+    for picture, planes in zip(pixels, views, strict=True):
+        for channel in range(
+            3
+        ):  # plane by plane: np.take makes 8-byte indices of its input, which so stay in the cache
+            np.take(_table(), picture[:, :, channel], out=planes[channel], mode="clip")
+    return torch.from_numpy(views)
 
 
 @cache
