@@ -6,6 +6,7 @@ queues or the network.
 
 from __future__ import annotations
 
+import operator
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -157,10 +158,11 @@ class InputBuilder:
     def _split_ids(self, content: Sequence[int]) -> list[list[int]]:
         pieces: list[list[int]] = [[]]
         try:
-            ids = [int(token) for token in content if not isinstance(token, (str, bytes, float, bool))]
-        except (TypeError, ValueError):
-            ids = []
-        if isinstance(content, (bytes, bytearray)) or len(ids) != len(content):
+            # index() takes numpy's integers too, and neither floats nor strings.
+            ids = [operator.index(token) for token in content]
+        except TypeError:
+            ids = None
+        if ids is None or isinstance(content, (bytes, bytearray)) or any(isinstance(token, bool) for token in content):
             raise PromptError(f"a prompt is a string, a list of token ids or a mapping, not {_describe(content)}")
         for token in ids:
             if not 0 <= token < self.vocab_size:
