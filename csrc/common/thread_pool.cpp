@@ -86,11 +86,11 @@ void ThreadPool::reserve_local(size_t bytes) {
 std::unique_lock<std::mutex> ThreadPool::lock() {
   // Before the mutex: in a forked child it may be held for ever by a thread that is not there.
   if (forks.load() != fork_generation_)
-    throw std::runtime_error(
+    throw PoolClosed(
         "this process was forked after the thread pool was made, and threads do not survive a fork; "
         "make the engine in the process that uses it");
   std::unique_lock<std::mutex> held(user_);
-  if (closed_) throw std::runtime_error("the thread pool is closed; make a new engine");
+  if (closed_) throw PoolClosed("the thread pool is closed; make a new engine");
   return held;
 }
 

@@ -10,10 +10,16 @@
 #include <cstdint>
 #include <memory>
 #include <mutex>
+#include <stdexcept>
 #include <thread>
 #include <vector>
 
 namespace pagelens {
+
+// The pool was closed, or made before this process was forked.
+struct PoolClosed : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
 
 // Memory that only grows; aligned to 64 bytes, zeroed when it is made.
 class Buffer {
@@ -51,7 +57,7 @@ class ThreadPool {
   void close();
 
   // One user at a time: hold this lock while using run() and the scratch memory.
-  // Throws std::runtime_error if the pool was closed, or made before a fork of this process.
+  // Throws PoolClosed.
   std::unique_lock<std::mutex> lock();
 
   // Calls f(chunk, thread) for each chunk in 0..chunks-1 and returns when all are done. f must not throw.

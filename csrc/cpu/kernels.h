@@ -133,9 +133,19 @@ struct MoeArgs {
   Rows residual, out;
 };
 
-// A function returns -1, or the first row whose id, position or slot is outside its table (nothing is written then).
+// A function that returns a number returns -1, or the first row (paged_attention: sequence, grouped_gemm: flat index)
+// whose id, position, slot or block is outside its table; nothing is written then.
 struct KernelTable {
+  int64_t (*embedding)(ThreadPool&, const EmbeddingArgs&);
+  void (*linear)(ThreadPool&, const LinearArgs&);
   void (*rms_norm)(ThreadPool&, const NormArgs&);
+  void (*layer_norm)(ThreadPool&, const NormArgs&);
+  int64_t (*qk_norm_rope_store)(ThreadPool&, const RopeArgs&);
+  int64_t (*paged_attention)(ThreadPool&, const AttentionArgs&);
+  void (*swiglu_ffn)(ThreadPool&, const SwigluArgs&);
+  void (*moe_routing)(ThreadPool&, const RoutingArgs&);
+  int64_t (*grouped_gemm)(ThreadPool&, const GroupedArgs&);
+  void (*moe_ffn)(ThreadPool&, const MoeArgs&);
   void (*resize_rgb_u8)(const uint8_t*, int64_t, int64_t, uint8_t*, int64_t, int64_t);
 };
 
@@ -151,7 +161,16 @@ PAGELENS_DECLARE_TABLE(avx512_bf16)
 
 #ifdef PAGELENS_ISA
 namespace PAGELENS_ISA {
+int64_t embedding(ThreadPool& pool, const EmbeddingArgs& args);
+void linear(ThreadPool& pool, const LinearArgs& args);
 void rms_norm(ThreadPool& pool, const NormArgs& args);
+void layer_norm(ThreadPool& pool, const NormArgs& args);
+int64_t qk_norm_rope_store(ThreadPool& pool, const RopeArgs& args);
+int64_t paged_attention(ThreadPool& pool, const AttentionArgs& args);
+void swiglu_ffn(ThreadPool& pool, const SwigluArgs& args);
+void moe_routing(ThreadPool& pool, const RoutingArgs& args);
+int64_t grouped_gemm(ThreadPool& pool, const GroupedArgs& args);
+void moe_ffn(ThreadPool& pool, const MoeArgs& args);
 
 // RGB bytes [src_h, src_w, 3] -> [dst_h, dst_w, 3], both contiguous: exactly Pillow's bicubic resize (before version
 // 13).

@@ -17,7 +17,7 @@ void norm_row(const T* x, const T* weight, T* out, int64_t n, float eps) {
       total[u] = fma(v, v, total[u]);
     }
   for (; i + W <= n; i += W) total[0] = fma(load(x + i), load(x + i), total[0]);
-  float squares = sum((total[0] + total[1]) + (total[2] + total[3]));
+  float squares = sum_lanes((total[0] + total[1]) + (total[2] + total[3]));
   for (; i < n; i++) squares += get(x + i) * get(x + i);
 
   const float inverse = 1.0f / std::sqrt(squares / static_cast<float>(n) + eps);

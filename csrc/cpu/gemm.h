@@ -1,0 +1,165 @@
+// The blocked driver over cpu/tile.h: packs activations, walks the blocks, hands finished sums to an epilogue.
+//
+// A *problem* is one product (rows x packed weight); a call may hold many (the experts of a MoE layer). The work is cut
+// into blocks of (rows, panels); each thread has one contiguous run of blocks and packs the rows of a block once.
+#pragma once
+#include <algorithm>
+
+#include "common/thread_pool.h"
+#include "cpu/tile.h"
+
+namespace pagelens::PAGELENS_ISA {
+
+// Rows of a matrix, or those that `index` names: row i is base + (index ? index[i] / divisor : i) * stride.
+struct Source {
+  const void* data = nullptr;
+  int64_t stride = 0;
+  DType dtype = DType::f32;
+  const int32_t* index = nullptr;
+  int64_t divisor = 1;
+
+  const void* row(int64_t i) const {
+    const int64_t at = (index ? index[i] / divisor : i) * stride;
+    return static_cast<const char*>(data) + at * (dtype == DType::f32 ? 4 : 2);
+  }
+};
+
+struct Problem {
+  Source x;
+  PackedLinear weight;
+  int64_t rows = 0;
+};
+
+struct Block {
+  int32_t problem = 0;
+  int32_t row = 0, rows = 0;
+  int32_t panel = 0, panels = 0;
+};
+
+constexpr int64_t kGroupsAPass = 384;  // of K: a slab of 48 KB of weights
+constexpr int64_t kMaxBlockRows = 12 * kMaxTileRows;
+constexpr int64_t kMaxBlockPanels = 8;            // bounds the sums that wait between two passes
+constexpr int64_t kFewRowsBlockBytes = 64 << 10;  // weights a chunk when they are read once: small enough to steal
+
+// How one problem is cut.
+struct Cut {
+  int64_t row_blocks = 0, panel_blocks = 0;
+  int64_t count() const { return row_blocks * panel_blocks; }
+};
+
+PAGELENS_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+PAGELENS_INLINE Cut cut(const Problem& p) {
+  if (p.rows == 0 || p.weight.n == 0) return {};
+  const int64_t panels = p.weight.panels();
+  int64_t a_block = kMaxBlockPanels;
+  if (p.rows <= kMaxTileRows) {
+    const int64_t bytes = std::max<int64_t>(p.weight.panel_words() * 4, 1);
+    a_block = std::min(a_block, std::max<int64_t>(kFewRowsBlockBytes / bytes, 1));
+  }
+  return {ceil_div(p.rows, kMaxBlockRows), ceil_div(panels, a_block)};
+}
+
+PAGELENS_INLINE Block block_at(const Problem& p, const Cut& c, int32_t problem, int64_t i) {
+  const int64_t m = i / c.panel_blocks, n = i % c.panel_blocks, panels = p.weight.panels();
+  Block b;
+  b.problem = problem;
+  b.row = static_cast<int32_t>(p.rows * m / c.row_blocks);
+  b.rows = static_cast<int32_t>(p.rows * (m + 1) / c.row_blocks) - b.row;
+  b.panel = static_cast<int32_t>(panels * n / c.panel_blocks);
+  b.panels = static_cast<int32_t>(panels * (n + 1) / c.panel_blocks) - b.panel;
+  return b;
+}
+
+// One row into word column r of a tile of R rows.
+template <class T>
+PAGELENS_INLINE void pack_row_f32(const T* x, int64_t k, int R, float* to) {
+  for (int64_t i = 0; i < k; i++) to[i * R] = get(x + i);
+}
+PAGELENS_INLINE void pack_row_pairs(const bf16* x, int64_t k, int R, uint32_t* to) {
+  for (int64_t i = 0; i < k / 2; i++) to[i * R] = load_as<uint32_t>(x + 2 * i);
+  if (k % 2) to[k / 2 * R] = x[k - 1];
+}
+
+PAGELENS_INLINE void pack_tile(const Source& x, const PackedLinear& w, int64_t row, int R, uint32_t* to) {
+  for (int r = 0; r < R; r++) {
+    const void* from = x.row(row + r);
+    if (kBf16Dot && w.dtype == DType::bf16) {
+      pack_row_pairs(static_cast<const bf16*>(from), w.k, R, to + r);
+      continue;
+    }
+    float* words = reinterpret_cast<float*>(to) + r;
+    if (x.dtype == DType::f32) {
+      pack_row_f32(static_cast<const float*>(from), w.k, R, words);
+    } else {
+      pack_row_f32(static_cast<const bf16*>(from), w.k, R, words);
+    }
+    if (w.dtype == DType::bf16 && w.k % 2) words[w.k * R] = 0.0f;
+  }
+}
+
+// A single row needs no packing where its words already lie as the tile wants them.
+PAGELENS_INLINE bool lies_packed(const Source& x, const PackedLinear& w) {
+  return w.dtype == DType::f32 ? x.dtype == DType::f32 : kBf16Dot && w.k % 2 == 0;
+}
+
+// Rows of tile t of `tiles` in a block: as equal as they can be.
+PAGELENS_INLINE int64_t tile_start(int64_t rows, int64_t tiles, int64_t t) { return rows * t / tiles; }
+
+template <class Epilogue>
+inline void run_block(const Problem& p, const Block& b, const uint32_t* a, float* sums, Epilogue& epilogue) {
+  const int64_t words = words_a_row(p.weight), groups = p.weight.groups(), tiles = ceil_div(b.rows, kMaxTileRows);
+  const int64_t words_a_group = groups ? words / groups : 1;
+  const int64_t passes = std::max<int64_t>(ceil_div(groups, b.rows > kMaxTileRows ? kGroupsAPass : groups + 1), 1);
+  const uint32_t* weight = static_cast<const uint32_t*>(p.weight.weight);
+  for (int64_t pass = 0; pass < passes; pass++) {
+    const int64_t g0 = groups * pass / passes, g1 = groups * (pass + 1) / passes;
+    for (int64_t panel = b.panel; panel < b.panel + b.panels; panel++) {
+      const uint32_t* w = weight + panel * p.weight.panel_words() + g0 * kPanel;
+      for (int64_t t = 0; t < tiles; t++) {
+        const int64_t r0 = tile_start(b.rows, tiles, t);
+        const int R = static_cast<int>(tile_start(b.rows, tiles, t + 1) - r0);
+        float* acc = sums + (passes > 1 ? ((panel - b.panel) * b.rows + r0) * kPanel : 0);
+        tile_fn(p.weight.dtype, R)(a + r0 * words + g0 * words_a_group * R, w, g1 - g0, acc, pass == 0);
+        if (pass + 1 == passes) epilogue(b, b.row + r0, R, panel, acc);
+      }
+    }
+  }
+}
+
+// epilogue(block, first row, rows, panel, sums [rows][32]) runs on any thread, once for every row and panel.
+template <class BlockAt, class Epilogue>
+inline void gemm(ThreadPool& pool, const Problem* problems, int64_t num_problems, int64_t blocks, BlockAt&& at,
+                 Epilogue&& epilogue) {
+  int64_t words = 0, rows = 0;
+  for (int64_t i = 0; i < num_problems; i++) {
+    words = std::max(words, words_a_row(problems[i].weight));
+    rows = std::max(rows, std::min(problems[i].rows, kMaxBlockRows));
+  }
+  const size_t packed_bytes = static_cast<size_t>((rows * words + 15) / 16 * 64);
+  pool.reserve_local(packed_bytes + static_cast<size_t>(rows * kPanel * kMaxBlockPanels * 4));
+  struct Packed {
+    int32_t problem = -1, row = -1;
+  } have[ThreadPool::kMaxThreads];
+
+  pool.run(blocks, [&](int64_t i, int thread) {
+    const Block b = at(i);
+    const Problem& p = problems[b.problem];
+    uint32_t* packed = static_cast<uint32_t*>(pool.local(thread));
+    float* sums = reinterpret_cast<float*>(static_cast<char*>(pool.local(thread)) + packed_bytes);
+    const uint32_t* a = packed;
+    if (b.rows == 1 && lies_packed(p.x, p.weight)) {
+      a = static_cast<const uint32_t*>(p.x.row(b.row));
+    } else if (have[thread].problem != b.problem || have[thread].row != b.row) {
+      const int64_t tiles = ceil_div(b.rows, kMaxTileRows), width = words_a_row(p.weight);
+      for (int64_t t = 0; t < tiles; t++) {
+        const int64_t r0 = tile_start(b.rows, tiles, t), r1 = tile_start(b.rows, tiles, t + 1);
+        pack_tile(p.x, p.weight, b.row + r0, static_cast<int>(r1 - r0), packed + r0 * width);
+      }
+      have[thread] = {b.problem, b.row};
+    }
+    run_block(p, b, a, sums, epilogue);
+  });
+}
+
+}  // namespace pagelens::PAGELENS_ISA

@@ -1,0 +1,110 @@
+#include "cpu/tile.h"
+
+namespace pagelens::PAGELENS_ISA {
+namespace {
+
+constexpr int kVectors = kPanel / W;
+
+// Vectors of a panel that are accumulated in one pass over K, so that R rows of them fit into the registers.
+constexpr int vectors_a_pass(int rows) {
+  if (W == 16) return kVectors;
+  if (W == 8) return rows <= 2 ? 4 : 2;
+  return rows == 1 ? 8 : rows == 2 ? 4 : 2;
+}
+
+template <int R, int NV>
+PAGELENS_INLINE void load_sums(vf (&c)[R][NV], const float* acc, bool first) {
+  if (first) {
+    PAGELENS_UNROLL for (int r = 0; r < R; r++) PAGELENS_UNROLL for (int v = 0; v < NV; v++) c[r][v] = vf{};
+  } else {
+    PAGELENS_UNROLL for (int r = 0; r < R; r++) PAGELENS_UNROLL for (int v = 0; v < NV; v++) c[r][v] =
+        load(acc + r * kPanel + v * W);
+  }
+}
+
+template <int R, int NV>
+PAGELENS_INLINE void store_sums(const vf (&c)[R][NV], float* acc) {
+  PAGELENS_UNROLL for (int r = 0; r < R; r++) PAGELENS_UNROLL for (int v = 0; v < NV; v++)
+      store(acc + r * kPanel + v * W, c[r][v]);
+}
+
+// The three functions below are leaves that are never inlined: inside larger code GCC spills their accumulators.
+template <int R>
+__attribute__((noinline)) void tile_f32(const void* a_, const void* w_, int64_t groups, float* acc, bool first) {
+  constexpr int NV = vectors_a_pass(R);
+  for (int pass = 0; pass < kVectors / NV; pass++) {
+    const float* a = static_cast<const float*>(a_);
+    const float* w = static_cast<const float*>(w_) + pass * NV * W;
+    vf c[R][NV];
+    load_sums<R, NV>(c, acc + pass * NV * W, first);
+    for (int64_t g = 0; g < groups; g++, a += R, w += kPanel) {
+      vf b[NV];
+      PAGELENS_UNROLL for (int v = 0; v < NV; v++) b[v] = load(w + v * W);
+      PAGELENS_UNROLL for (int r = 0; r < R; r++) {
+        const vf x = splat(a[r]);
+        PAGELENS_UNROLL for (int v = 0; v < NV; v++) c[r][v] = fma(x, b[v], c[r][v]);
+      }
+    }
+    store_sums<R, NV>(c, acc + pass * NV * W);
+  }
+}
+
+#ifdef PAGELENS_ISA_AVX512_BF16
+template <int R>
+__attribute__((noinline)) void tile_bf16(const void* a_, const void* w_, int64_t groups, float* acc, bool first) {
+  const uint32_t* a = static_cast<const uint32_t*>(a_);
+  const float* w = static_cast<const float*>(w_);
+  vf c[R][kVectors];
+  load_sums<R, kVectors>(c, acc, first);
+  for (int64_t g = 0; g < groups; g++, a += R, w += kPanel) {
+    vf b[kVectors];
+    PAGELENS_UNROLL for (int v = 0; v < kVectors; v++) b[v] = load(w + v * W);
+    PAGELENS_UNROLL for (int r = 0; r < R; r++) {
+      const vu x = splat_bits(load_as<uint32_t>(a + r));
+      // Not the intrinsic: its casts made GCC 12 copy every accumulator through the stack.
+      PAGELENS_UNROLL for (int v = 0; v < kVectors;
+                           v++) asm("vdpbf16ps %2, %1, %0" : "+v"(c[r][v]) : "v"(x), "v"(b[v]));
+    }
+  }
+  store_sums<R, kVectors>(c, acc);
+}
+#else
+// The even element of every pair first, then the odd one; both are exact in float32.
+template <int R>
+__attribute__((noinline)) void tile_bf16(const void* a_, const void* w_, int64_t groups, float* acc, bool first) {
+  constexpr int NV = vectors_a_pass(R);
+  for (int pass = 0; pass < kVectors / NV; pass++) {
+    const float* a = static_cast<const float*>(a_);
+    const uint32_t* w = static_cast<const uint32_t*>(w_) + pass * NV * W;
+    vf c[R][NV];
+    load_sums<R, NV>(c, acc + pass * NV * W, first);
+    for (int64_t g = 0; g < groups; g++, a += 2 * R, w += kPanel) {
+      vf b[NV];
+      PAGELENS_UNROLL for (int v = 0; v < NV; v++) b[v] = (vf)(load_as<vu>(w + v * W) << 16);
+      PAGELENS_UNROLL for (int r = 0; r < R; r++) {
+        const vf x = splat(a[r]);
+        PAGELENS_UNROLL for (int v = 0; v < NV; v++) c[r][v] = fma(x, b[v], c[r][v]);
+      }
+      PAGELENS_UNROLL for (int v = 0; v < NV; v++) b[v] = (vf)(load_as<vu>(w + v * W) & 0xffff0000u);
+      PAGELENS_UNROLL for (int r = 0; r < R; r++) {
+        const vf x = splat(a[R + r]);
+        PAGELENS_UNROLL for (int v = 0; v < NV; v++) c[r][v] = fma(x, b[v], c[r][v]);
+      }
+    }
+    store_sums<R, NV>(c, acc + pass * NV * W);
+  }
+}
+#endif
+
+template <int R>
+TileFn choose(DType dtype, int rows) {
+  if (rows == R) return dtype == DType::f32 ? tile_f32<R> : tile_bf16<R>;
+  if constexpr (R > 1) return choose<R - 1>(dtype, rows);
+  return nullptr;
+}
+
+}  // namespace
+
+TileFn tile_fn(DType weight_dtype, int rows) { return choose<kMaxTileRows>(weight_dtype, rows); }
+
+}  // namespace pagelens::PAGELENS_ISA

@@ -1,0 +1,35 @@
+// The innermost product: R rows of activations times one panel of 32 packed columns.
+//
+// Every output has one float32 accumulator, and K runs upwards: its bits depend on its own row and column alone, not on
+// R, on the other rows, on how K was cut or on the thread. That is the batch invariance of the contract; keep it.
+#pragma once
+#include "common/simd.h"
+
+namespace pagelens::PAGELENS_ISA {
+
+constexpr int kPanel = 32;
+#if defined(PAGELENS_ISA_AVX512) || defined(PAGELENS_ISA_AVX512_BF16)
+constexpr int kMaxTileRows = 14;  // x 2 vectors = 28 accumulators, 2 of weights, 1 broadcast: 31 of 32 registers
+#elif defined(PAGELENS_ISA_AVX2)
+constexpr int kMaxTileRows = 6;  // x 2 vectors, twice over the panel
+#else
+constexpr int kMaxTileRows = 4;
+#endif
+
+#ifdef PAGELENS_ISA_AVX512_BF16
+constexpr bool kBf16Dot =
+    true;  // bfloat16 activations stay pairs; elsewhere they are widened once, when a tile is packed
+#else
+constexpr bool kBf16Dot = false;
+#endif
+
+// 4-byte words of packed activations a row has for a weight of this dtype.
+PAGELENS_INLINE int64_t words_a_row(const PackedLinear& w) {
+  return w.dtype == DType::bf16 && !kBf16Dot ? 2 * w.groups() : w.groups();
+}
+
+// a: packed rows [words][R]; w: `groups` groups of one panel; acc: [R][32], overwritten if `first`, else added to.
+using TileFn = void (*)(const void* a, const void* w, int64_t groups, float* acc, bool first);
+TileFn tile_fn(DType weight_dtype, int rows);  // 1 <= rows <= kMaxTileRows
+
+}  // namespace pagelens::PAGELENS_ISA
