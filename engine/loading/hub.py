@@ -22,9 +22,10 @@ def resolve_model(model: str | Path) -> Path:
     text = str(model)
     folder = Path(text).expanduser()
     try:
-        if folder.is_dir():
+        # "" would be the current folder.
+        if text and folder.is_dir():
             return folder
-        if folder.exists():
+        if text and folder.exists():
             raise ConfigError(f"model {text!r} is a file; pass the folder that holds config.json and *.safetensors")
     except (OSError, ValueError) as error:
         if isinstance(error, ConfigError):

@@ -55,7 +55,8 @@ def write_folder(folder: Path, shards: dict[str, dict[str, torch.Tensor]], index
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text("{}")
     for name, tensors in shards.items():
-        save_file(tensors, folder / name)
+        # Clones: the library refuses tensors that share memory.
+        save_file({key: tensor.clone() for key, tensor in tensors.items()}, folder / name)
     if index is not None:
         (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
     return folder
