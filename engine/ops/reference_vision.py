@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from ..errors import ShapeError
 
-SCORE_BYTES = 64 << 20  # scores held at a time; one 64x64 grid of one head already takes 67 MB
+SCORE_BYTES = 8 << 20  # scores held at a time, so that they stay near the caches; a whole 64x64 grid would be 805 MB
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,22 +105,26 @@ class ReferenceVisionOps:
 
     @staticmethod
     def _grid_attention(qkv: Tensor, rows_h: Tensor, rows_w: Tensor, num_heads: int) -> Tensor:
-        """qkv [windows, size*size, 3*C] -> [windows, size*size, C], a few windows and heads at a time (memory)."""
+        """qkv [windows, size*size, 3*C] -> [windows, size*size, C], a few windows, heads or grid rows at a time."""
         windows, tokens, _ = qkv.shape
         size = rows_h.shape[0]
         q, k, v = split_heads(qkv, num_heads)
         seen = torch.empty_like(q)
         step = max(1, SCORE_BYTES // (4 * tokens * tokens))
+        row_step = min(size, max(1, SCORE_BYTES // (4 * tokens * size)))
         for first in range(0, q.shape[0], step):
             items = slice(first, first + step)
-            at = q[items].view(-1, size, size, q.shape[-1])
-            bias_h = torch.einsum("nabe,ace->nabc", at, rows_h)  # how query (a, b) likes key row c
-            bias_w = torch.einsum("nabe,bde->nabd", at, rows_w)  # and key column d
-            scores = torch.bmm(q[items] * q.shape[-1] ** -0.5, k[items].transpose(1, 2))
-            grid = scores.view(-1, size, size, size, size)
-            grid += bias_h[..., :, None]
-            grid += bias_w[..., None, :]
-            torch.bmm(softmax_in_place(scores), v[items], out=seen[items])
+            keys = k[items].transpose(1, 2)
+            for row in range(0, size, row_step):
+                part = slice(row * size, min(row + row_step, size) * size)
+                at = q[items, part].view(-1, (part.stop - part.start) // size, size, q.shape[-1])
+                bias_h = torch.einsum("nabe,ace->nabc", at, rows_h[row : row + row_step])  # query (a, b) on key row c
+                bias_w = torch.einsum("nabe,bde->nabd", at, rows_w)  # and on key column d
+                scores = torch.bmm(q[items, part] * q.shape[-1] ** -0.5, keys)
+                grid = scores.view(*at.shape[:3], size, size)
+                grid += bias_h[..., :, None]
+                grid += bias_w[..., None, :]
+                seen[items, part] = torch.bmm(softmax_in_place(scores), v[items])
         return join_heads(seen, windows).to(qkv.dtype)
 
     def attention(self, qkv: Tensor, num_heads: int) -> Tensor:
