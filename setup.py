@@ -151,7 +151,7 @@ PACKAGES = [
 setup(
     package_dir={"pagelens": "engine", "pagelens.kernels": "kernels"},
     packages=PACKAGES,
-    package_data={"pagelens": ["py.typed", "assets/**/*"]},
+    package_data={"pagelens": ["py.typed", "*.pyi", "assets/**/*"]},
     exclude_package_data={"pagelens": ["*.so"]},
     ext_modules=[Extension("pagelens._native", [str(path) for path in sorted(CSRC.glob("**/*.cpp"))])],
     cmdclass={"build_ext": BuildNative},

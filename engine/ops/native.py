@@ -6,18 +6,15 @@ the process is changed. One call at a time: a second thread waits for the first.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import NoReturn
-
 import torch
 from torch import Tensor
 
 from .. import _native
 from ..errors import EngineClosedError, ShapeError, UnsupportedError
 from . import Activation, OpCase, RopeTable, Routing
+from .packing import DTYPES, NativePacking, PackedLinear, PackedMoe, PackedSwiglu, refuse, vector
 from .threads import default_num_threads
 
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _ACTIVATIONS = {None: 0, "gelu": 1, "quick_gelu": 2, "silu": 3}
 _NO_MATRIX = (0, 0, 0, 0, 0)
 MAX_HEAD_DIM = 512  # kMaxHeadDim in csrc/cpu/qk_norm_rope_store.cpp
@@ -25,62 +22,20 @@ MAX_HEAD_DIM = 512  # kMaxHeadDim in csrc/cpu/qk_norm_rope_store.cpp
 _Matrix = tuple[int, int, int, int, int]
 
 
-@dataclass(frozen=True, slots=True)
-class PackedLinear:
-    """A weight [out_features, in_features] and its bias in the kernels' layout."""
-
-    handle: _native.Linear
-    out_features: int
-    in_features: int
-    dtype: torch.dtype
-
-
-@dataclass(frozen=True, slots=True)
-class PackedSwiglu:
-    """gate, up [inner, width] and down [width, inner]."""
-
-    handle: _native.Swiglu
-    width: int
-    inner: int
-    dtype: torch.dtype
-
-
-@dataclass(frozen=True, slots=True)
-class PackedMoe:
-    """Router (float32), experts and the shared expert, if there is one."""
-
-    handle: _native.Moe
-    width: int
-    num_experts: int
-    dtype: torch.dtype
-
-
-def _refuse(op: str, rule: str, *tensors: Tensor | None) -> NoReturn:
-    got = ", ".join(f"{list(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in tensors if t is not None)
-    raise ShapeError(f"{op}: {rule}; got {got}")
-
-
 def _matrix(op: str, name: str, x: Tensor) -> _Matrix:
     """A 2-D tensor as the kernels take it."""
-    code = _DTYPES.get(x.dtype)
+    code = DTYPES.get(x.dtype)
     if x.ndim != 2 or code is None or (x.shape[1] > 1 and x.stride(1) != 1) or x.device.type != "cpu":
-        _refuse(op, f"{name} must be a CPU tensor of two axes, float32 or bfloat16, last axis contiguous", x)
+        refuse(op, f"{name} must be a CPU tensor of two axes, float32 or bfloat16, last axis contiguous", x)
     rows, cols = x.shape
     return x.data_ptr(), rows, cols, x.stride(0), code
-
-
-def _vector(op: str, name: str, x: Tensor, size: int, dtype: torch.dtype) -> int:
-    """Address of a contiguous [size] tensor."""
-    if x.ndim != 1 or x.shape[0] != size or x.dtype != dtype or not x.is_contiguous() or x.device.type != "cpu":
-        _refuse(op, f"{name} must be contiguous [{size}] {str(dtype).removeprefix('torch.')}", x)
-    return x.data_ptr()
 
 
 def _result(op: str, shape: tuple[int, ...], dtype: torch.dtype, out: Tensor | None) -> Tensor:
     if out is None:
         return torch.empty(shape, dtype=dtype)
     if out.shape != shape or out.dtype != dtype:
-        _refuse(op, f"out must be {list(shape)} {str(dtype).removeprefix('torch.')}", out)
+        refuse(op, f"out must be {list(shape)} {str(dtype).removeprefix('torch.')}", out)
     return out
 
 
@@ -88,7 +43,7 @@ def _residual(op: str, residual: Tensor | None, x: Tensor, shape: tuple[int, int
     if residual is None:
         return _NO_MATRIX
     if residual.shape != shape or residual.dtype != x.dtype:
-        _refuse(op, f"residual must be {list(shape)} in x's dtype", residual, x)
+        refuse(op, f"residual must be {list(shape)} in x's dtype", residual, x)
     return _matrix(op, "residual", residual)
 
 
@@ -97,21 +52,15 @@ def _rows(op: str, name: str, x: Tensor) -> Tensor:
     if x.ndim == 2:
         return x
     if x.ndim < 1 or not x.is_contiguous():
-        _refuse(op, f"{name} must be contiguous unless it has two axes", x)
+        refuse(op, f"{name} must be contiguous unless it has two axes", x)
     return x.view(-1, x.shape[-1]) if x.numel() else x.view(0, x.shape[-1])
 
 
-def _weight(op: str, name: str, weight: Tensor) -> Tensor:
-    if weight.ndim != 2 or weight.dtype not in _DTYPES or weight.device.type != "cpu":
-        _refuse(op, f"{name} must be a CPU tensor of two axes, float32 or bfloat16", weight)
-    return weight.contiguous()
-
-
-class NativeOps:
+class NativeOps(NativePacking):
     """The ops of IMPLEMENTED, as ops/__init__.py describes them. `num_threads` None: one a physical core.
 
-    Raises UnsupportedError if PAGELENS_CPU_ISA asks for an instruction set that cannot be used here. After `close()`, or
-    in a child process after a fork, every op raises EngineClosedError.
+    Raises UnsupportedError if PAGELENS_CPU_ISA asks for an instruction set that cannot be used here. After
+    `close()`, or in a child process after a fork, every op raises EngineClosedError.
     """
 
     name = "native"
@@ -154,98 +103,38 @@ class NativeOps:
         """None if this case can run, else one sentence that says why not."""
         if case.op not in self.IMPLEMENTED:
             return f"native does not implement {case.op}"
-        if case.dtype not in _DTYPES:
+        if case.dtype not in DTYPES:
             return f"native runs float32 and bfloat16, not {str(case.dtype).removeprefix('torch.')}"
         head_dim = dict(case.sizes).get("head_dim", 2)
         if head_dim % 2 or head_dim > MAX_HEAD_DIM:
             return f"native needs an even head_dim of at most {MAX_HEAD_DIM}, not {head_dim}"
         return None
 
-    # ---- packing ---------------------------------------------------------------------------------------------------
-    def pack_linear(self, weight: Tensor, bias: Tensor | None = None) -> PackedLinear:
-        weight = _weight("pack_linear", "weight", weight)
-        out_features, in_features = weight.shape
-        code = _DTYPES[weight.dtype]
-        bias_address, bias_code = 0, 0
-        if bias is not None:
-            if bias.dtype not in _DTYPES:
-                _refuse("pack_linear", "bias must be float32 or bfloat16", bias)
-            bias = bias.contiguous()
-            bias_address = _vector("pack_linear", "bias", bias, out_features, bias.dtype)
-            bias_code = _DTYPES[bias.dtype]
-        handle = _native.pack_linear(
-            self._pool, weight.data_ptr(), bias_address, bias_code, out_features, in_features, code
-        )
-        return PackedLinear(handle, out_features, in_features, weight.dtype)
-
-    def pack_swiglu(self, gate: Tensor, up: Tensor, down: Tensor) -> PackedSwiglu:
-        gate, up, down = self._swiglu_parts("pack_swiglu", gate, up, down)
-        inner, width = gate.shape
-        addresses = gate.data_ptr(), up.data_ptr(), down.data_ptr()
-        handle = _native.pack_swiglu(self._pool, *addresses, inner, width, _DTYPES[gate.dtype])
-        return PackedSwiglu(handle, width, inner, gate.dtype)
-
-    @staticmethod
-    def _swiglu_parts(op: str, gate: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        gate, up, down = _weight(op, "gate", gate), _weight(op, "up", up), _weight(op, "down", down)
-        if up.shape != gate.shape or down.shape != gate.shape[::-1]:
-            _refuse(op, "gate and up must be [I, C], down [C, I]", gate, up, down)
-        if not gate.dtype == up.dtype == down.dtype:
-            _refuse(op, "gate, up and down must share a dtype", gate, up, down)
-        return gate, up, down
-
-    def pack_moe(
-        self, router: Tensor, gate: list[Tensor], up: list[Tensor], down: list[Tensor], shared: PackedSwiglu | None
-    ) -> PackedMoe:
-        raised = _weight("pack_moe", "router", router).float()
-        experts, width = raised.shape
-        if not experts or not len(gate) == len(up) == len(down) == experts:
-            _refuse("pack_moe", f"{len(gate)} gates, {len(up)} ups, {len(down)} downs for a router [E, C]", router)
-        parts = [self._swiglu_parts("pack_moe", *three) for three in zip(gate, up, down)]
-        first = parts[0][0]
-        for own, *_ in parts:
-            if own.shape != first.shape or own.dtype != first.dtype or own.shape[1] != width:
-                _refuse("pack_moe", "experts must have one size and dtype, and the router's width", own, first, router)
-        if shared is not None and (shared.width != width or shared.dtype != first.dtype):
-            raise ShapeError(
-                f"pack_moe: the shared expert is {shared.width} wide, {shared.dtype}; the others {width}, {first.dtype}"
-            )
-        addresses = [[part.data_ptr() for part in three] for three in parts]
-        handle = _native.pack_moe(
-            self._pool,
-            raised.data_ptr(),
-            addresses,
-            None if shared is None else shared.handle,
-            first.shape[0],
-            width,
-            _DTYPES[first.dtype],
-        )
-        return PackedMoe(handle, width, experts, first.dtype)
-
     # ---- rows ------------------------------------------------------------------------------------------------------
     def embedding(self, token_ids: Tensor, table: Tensor, out: Tensor | None = None) -> Tensor:
         source = _matrix("embedding", "table", table)
-        ids = _vector("embedding", "token_ids", token_ids, token_ids.numel(), torch.int32)
+        ids = vector("embedding", "token_ids", token_ids, token_ids.numel(), torch.int32)
         out = _result("embedding", (token_ids.shape[0], table.shape[1]), table.dtype, out)
         bad = _native.embedding(self._pool, ids, source, _matrix("embedding", "out", out))
         if bad >= 0:
             raise ShapeError(
-                f"embedding: token id {int(token_ids[bad])} (row {bad}) is outside the vocabulary 0..{table.shape[0] - 1}"
+                f"embedding: token id {int(token_ids[bad])} in row {bad} is outside the vocabulary "
+                f"0..{table.shape[0] - 1}"
             )
         return out
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, out: Tensor | None = None) -> Tensor:
         out = _result("rms_norm", tuple(x.shape), x.dtype, out)
         source = _matrix("rms_norm", "x", _rows("rms_norm", "x", x))
-        address = _vector("rms_norm", "weight", weight, x.shape[-1], x.dtype)
+        address = vector("rms_norm", "weight", weight, x.shape[-1], x.dtype)
         _native.rms_norm(self._pool, source, address, eps, _matrix("rms_norm", "out", _rows("rms_norm", "out", out)))
         return out
 
     def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor, eps: float, out: Tensor | None = None) -> Tensor:
         out = _result("layer_norm", tuple(x.shape), x.dtype, out)
         source = _matrix("layer_norm", "x", _rows("layer_norm", "x", x))
-        scale = _vector("layer_norm", "weight", weight, x.shape[-1], x.dtype)
-        shift = _vector("layer_norm", "bias", bias, x.shape[-1], x.dtype)
+        scale = vector("layer_norm", "weight", weight, x.shape[-1], x.dtype)
+        shift = vector("layer_norm", "bias", bias, x.shape[-1], x.dtype)
         target = _matrix("layer_norm", "out", _rows("layer_norm", "out", out))
         _native.layer_norm(self._pool, source, scale, shift, eps, target)
         return out
@@ -255,12 +144,12 @@ class NativeOps:
     def _caches(op: str, keys: Tensor, values: Tensor, dtype: torch.dtype) -> tuple[int, int, int, int]:
         good = keys.ndim == 4 and values.shape == keys.shape and keys.dtype == values.dtype == dtype
         if not good or not keys.is_contiguous() or not values.is_contiguous():
-            _refuse(
+            refuse(
                 op, "keys and values must be contiguous [num_blocks, block_size, K, D], activation dtype", keys, values
             )
         num_blocks, block_size, num_kv_heads, head_dim = keys.shape
         if head_dim % 2 or not 0 < head_dim <= MAX_HEAD_DIM:
-            _refuse(op, f"D must be even and at most {MAX_HEAD_DIM}", keys)
+            refuse(op, f"D must be even and at most {MAX_HEAD_DIM}", keys)
         return num_blocks, block_size, num_kv_heads, head_dim
 
     def qk_norm_rope_store(
@@ -282,7 +171,7 @@ class NativeOps:
         num_blocks, block_size, num_kv_heads, head_dim = self._caches(op, keys, values, qkv.dtype)
         tokens, width = qkv.shape
         if width != (num_heads + 2 * num_kv_heads) * head_dim:
-            _refuse(op, f"qkv must be [N, ({num_heads} + 2*{num_kv_heads}) * {head_dim}]", qkv)
+            refuse(op, f"qkv must be [N, ({num_heads} + 2*{num_kv_heads}) * {head_dim}]", qkv)
         num_positions = rope.cos.shape[0]
         for name, table in (("cos", rope.cos), ("sin", rope.sin)):
             if (
@@ -290,13 +179,13 @@ class NativeOps:
                 or table.dtype != torch.float32
                 or not table.is_contiguous()
             ):
-                _refuse(op, f"rope.{name} must be contiguous [P, {head_dim // 2}] float32", table)
+                refuse(op, f"rope.{name} must be contiguous [P, {head_dim // 2}] float32", table)
         out = _result(op, (tokens, num_heads, head_dim), qkv.dtype, out)
         bad = _native.qk_norm_rope_store(
             self._pool,
             source,
-            _vector(op, "positions", positions, tokens, torch.int32),
-            _vector(op, "slots", slots, tokens, torch.int32),
+            vector(op, "positions", positions, tokens, torch.int32),
+            vector(op, "slots", slots, tokens, torch.int32),
             rope.cos.data_ptr(),
             rope.sin.data_ptr(),
             num_positions,
@@ -306,8 +195,8 @@ class NativeOps:
             num_heads,
             num_kv_heads,
             head_dim,
-            0 if q_norm is None else _vector(op, "q_norm", q_norm, head_dim, qkv.dtype),
-            0 if k_norm is None else _vector(op, "k_norm", k_norm, head_dim, qkv.dtype),
+            0 if q_norm is None else vector(op, "q_norm", q_norm, head_dim, qkv.dtype),
+            0 if k_norm is None else vector(op, "k_norm", k_norm, head_dim, qkv.dtype),
             eps,
             _matrix(op, "out", self._flat_heads(op, "out", out)),
         )
@@ -322,7 +211,7 @@ class NativeOps:
     def _flat_heads(op: str, name: str, x: Tensor) -> Tensor:
         """[N, H, D] as [N, H*D]: heads must lie together, rows may be strided."""
         if x.ndim != 3 or x.stride(2) != 1 or (x.shape[1] > 1 and x.stride(1) != x.shape[2]):
-            _refuse(op, f"{name} must be [N, H, D] with contiguous rows", x)
+            refuse(op, f"{name} must be [N, H, D] with contiguous rows", x)
         return x.as_strided((x.shape[0], x.shape[1] * x.shape[2]), (x.stride(0), 1))
 
     def paged_attention(
@@ -341,16 +230,16 @@ class NativeOps:
         num_blocks, block_size, num_kv_heads, head_dim = self._caches(op, keys, values, q.dtype)
         tokens, num_heads, own_dim = q.shape
         if own_dim != head_dim or not num_kv_heads or num_heads % num_kv_heads:
-            _refuse(op, "q must be [N, H, D] with the cache's D and H a multiple of its K", q, keys)
+            refuse(op, "q must be [N, H, D] with the cache's D and H a multiple of its K", q, keys)
         sequences = context_lens.shape[0]
         if block_tables.ndim != 2 or block_tables.shape[0] != sequences or block_tables.dtype != torch.int32:
-            _refuse(op, "block_tables must be [S, M] int32", block_tables, context_lens)
+            refuse(op, "block_tables must be [S, M] int32", block_tables, context_lens)
         if not block_tables.is_contiguous():
-            _refuse(op, "block_tables must be contiguous", block_tables)
-        starts = _vector(op, "query_starts", query_starts, sequences + 1, torch.int32)
-        contexts = _vector(op, "context_lens", context_lens, sequences, torch.int32)
+            refuse(op, "block_tables must be contiguous", block_tables)
+        starts = vector(op, "query_starts", query_starts, sequences + 1, torch.int32)
+        contexts = vector(op, "context_lens", context_lens, sequences, torch.int32)
         if int(query_starts[0]) != 0 or int(query_starts[-1]) != tokens:
-            _refuse(op, f"query_starts must run from 0 to N={tokens}, not to {int(query_starts[-1])}", q)
+            refuse(op, f"query_starts must run from 0 to N={tokens}, not to {int(query_starts[-1])}", q)
         out = _result(op, (tokens, num_heads, head_dim), q.dtype, out)
         bad = _native.paged_attention(
             self._pool,
@@ -390,7 +279,7 @@ class NativeOps:
     ) -> Tensor:
         source = _matrix("linear", "x", x)
         if x.shape[1] != weight.in_features or x.dtype != weight.dtype:
-            _refuse("linear", f"x must be [N, {weight.in_features}] {weight.dtype}", x)
+            refuse("linear", f"x must be [N, {weight.in_features}] {weight.dtype}", x)
         if activation not in _ACTIVATIONS:
             raise ShapeError(f"linear: unknown activation {activation!r}; known: gelu, quick_gelu, silu")
         if out_dtype not in (None, x.dtype, torch.float32):
@@ -400,7 +289,7 @@ class NativeOps:
         out = _result("linear", shape, out_dtype or x.dtype, out)
         target = _matrix("linear", "out", out)
         if target[0] == source[0] and x.numel() and out.numel():
-            _refuse("linear", "out must not be x", x, out)
+            refuse("linear", "out must not be x", x, out)
         _native.linear(self._pool, source, weight.handle, _ACTIVATIONS[activation], added, target)
         return out
 
@@ -417,14 +306,14 @@ class NativeOps:
     def _ffn_input(op: str, x: Tensor, ffn: PackedSwiglu | PackedMoe) -> _Matrix:
         source = _matrix(op, "x", x)
         if x.shape[1] != ffn.width or x.dtype != ffn.dtype:
-            _refuse(op, f"x must be [N, {ffn.width}] {ffn.dtype}", x)
+            refuse(op, f"x must be [N, {ffn.width}] {ffn.dtype}", x)
         return source
 
     def moe_routing(self, logits: Tensor, top_k: int, renormalize: bool, scale: float) -> Routing:
         source = _matrix("moe_routing", "logits", logits)
         tokens, experts = logits.shape
         if logits.dtype != torch.float32 or not 1 <= top_k <= experts:
-            _refuse("moe_routing", f"logits must be [N, E] float32 with 1 <= top_k={top_k} <= E", logits)
+            refuse("moe_routing", f"logits must be [N, E] float32 with 1 <= top_k={top_k} <= E", logits)
         routing = Routing(
             expert_ids=torch.empty((tokens, top_k), dtype=torch.int32),
             weights=torch.empty((tokens, top_k), dtype=torch.float32),
@@ -440,7 +329,7 @@ class NativeOps:
         source = self._ffn_input(op, x, moe)
         tokens, top_k = routing.expert_ids.shape
         if tokens != x.shape[0] or top_k < 1 or routing.weights.shape != routing.expert_ids.shape:
-            _refuse(
+            refuse(
                 op,
                 "routing must have expert_ids and weights [N, k] for x [N, C]",
                 x,
@@ -453,10 +342,10 @@ class NativeOps:
             source,
             moe.handle,
             top_k,
-            _vector(op, "expert_ids", routing.expert_ids.view(-1), tokens * top_k, torch.int32),
-            _vector(op, "offsets", routing.offsets, moe.num_experts + 1, torch.int32),
-            _vector(op, "permutation", routing.permutation, tokens * top_k, torch.int32),
-            _vector(op, "weights", routing.weights.view(-1), tokens * top_k, torch.float32),
+            vector(op, "expert_ids", routing.expert_ids.view(-1), tokens * top_k, torch.int32),
+            vector(op, "offsets", routing.offsets, moe.num_experts + 1, torch.int32),
+            vector(op, "permutation", routing.permutation, tokens * top_k, torch.int32),
+            vector(op, "weights", routing.weights.view(-1), tokens * top_k, torch.float32),
             _matrix(op, "out", out),
         )
         if bad >= 0:
@@ -475,7 +364,7 @@ class NativeOps:
     ) -> Tensor:
         source = self._ffn_input("moe_ffn", x, moe)
         if not 1 <= top_k <= moe.num_experts:
-            _refuse("moe_ffn", f"top_k={top_k} must be between 1 and {moe.num_experts}", x)
+            refuse("moe_ffn", f"top_k={top_k} must be between 1 and {moe.num_experts}", x)
         shape = (x.shape[0], moe.width)
         added = _residual("moe_ffn", residual, x, shape)
         out = _result("moe_ffn", shape, x.dtype, out)

@@ -1,0 +1,127 @@
+"""Types of the extension built from csrc/bindings.cpp. Addresses are Tensor.data_ptr(); 0 stands for none."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+# (address, rows, columns, row stride in elements, 0 float32 | 1 bfloat16)
+Matrix = tuple[int, int, int, int, int]
+
+class ThreadPool:
+    def __init__(self, num_threads: int) -> None: ...
+    @property
+    def num_threads(self) -> int: ...
+    @property
+    def scratch_bytes(self) -> int: ...
+    def close(self) -> None: ...
+
+class Linear:
+    @property
+    def num_bytes(self) -> int: ...
+
+class Swiglu:
+    @property
+    def num_bytes(self) -> int: ...
+
+class Moe:
+    @property
+    def num_bytes(self) -> int: ...
+
+def isa() -> str: ...
+def compiled_isas() -> list[str]: ...
+def supported_isas() -> list[str]: ...
+def set_isa(name: str) -> None: ...
+def set_closed_error(type: type[BaseException]) -> None: ...
+def resize_rgb_u8(src: npt.NDArray[np.uint8], dst_h: int, dst_w: int) -> npt.NDArray[np.uint8]: ...
+def pack_linear(pool: ThreadPool, weight: int, bias: int, bias_dtype: int, n: int, k: int, dtype: int, /) -> Linear: ...
+def pack_swiglu(pool: ThreadPool, gate: int, up: int, down: int, inner: int, k: int, dtype: int, /) -> Swiglu: ...
+def pack_moe(
+    pool: ThreadPool,
+    router: int,
+    experts: list[tuple[int, int, int]],
+    shared: Swiglu | None,
+    inner: int,
+    k: int,
+    dtype: int,
+    /,
+) -> Moe: ...
+def embedding(pool: ThreadPool, ids: int, table: Matrix, out: Matrix, /) -> int: ...
+def rms_norm(pool: ThreadPool, x: Matrix, weight: int, eps: float, out: Matrix, /) -> None: ...
+def layer_norm(pool: ThreadPool, x: Matrix, weight: int, bias: int, eps: float, out: Matrix, /) -> None: ...
+def qk_norm_rope_store(
+    pool: ThreadPool,
+    qkv: Matrix,
+    positions: int,
+    slots: int,
+    cos: int,
+    sin: int,
+    num_positions: int,
+    keys: int,
+    values: int,
+    num_slots: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    q_norm: int,
+    k_norm: int,
+    eps: float,
+    out: Matrix,
+    /,
+) -> int: ...
+def paged_attention(
+    pool: ThreadPool,
+    q: Matrix,
+    keys: int,
+    values: int,
+    num_blocks: int,
+    block_size: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    block_tables: int,
+    max_blocks: int,
+    query_starts: int,
+    context_lens: int,
+    num_sequences: int,
+    scale: float,
+    out: Matrix,
+    /,
+) -> int: ...
+def linear(pool: ThreadPool, x: Matrix, weight: Linear, activation: int, residual: Matrix, out: Matrix, /) -> None: ...
+def swiglu_ffn(pool: ThreadPool, x: Matrix, ffn: Swiglu, residual: Matrix, out: Matrix, /) -> None: ...
+def moe_routing(
+    pool: ThreadPool,
+    logits: Matrix,
+    top_k: int,
+    renormalize: bool,
+    scale: float,
+    expert_ids: int,
+    weights: int,
+    offsets: int,
+    permutation: int,
+    /,
+) -> None: ...
+def grouped_gemm(
+    pool: ThreadPool,
+    x: Matrix,
+    moe: Moe,
+    top_k: int,
+    expert_ids: int,
+    offsets: int,
+    permutation: int,
+    weights: int,
+    out: Matrix,
+    /,
+) -> int: ...
+def moe_ffn(
+    pool: ThreadPool,
+    x: Matrix,
+    moe: Moe,
+    top_k: int,
+    renormalize: bool,
+    scale: float,
+    residual: Matrix,
+    out: Matrix,
+    /,
+) -> None: ...
