@@ -73,8 +73,8 @@ def save_page(page: Page, image: NDArray[np.uint8], folder: Path | str) -> None:
     for figure, crop in zip(page.figures, crops, strict=True):
         _replace(folder / "images" / f"{figure.index}.jpg", _encoded(crop, "JPEG"))
     _replace(folder / "overlay.png", _encoded(overlay, "PNG"))
-    _replace(folder / "page.json", (page.to_json() + "\n").encode())
-    _replace(folder / "result.md", (page.markdown + "\n").encode())
+    _replace(folder / "page.json", _utf8(page.to_json()))
+    _replace(folder / "result.md", _utf8(page.markdown))
 
 
 def label_color(label: str) -> Color:
@@ -110,6 +110,11 @@ def _write_label(painter: ImageDraw, label: str, left: int, top: int) -> None:
     strip = painter.textbbox((left + 1, y + 1), text, font=font)
     painter.rectangle((left, y, strip[2] + 1, y + LABEL_PX - 1), fill=(255, 255, 255))
     painter.text((left + 1, y + 1), text, fill=label_color(label), font=font)
+
+
+def _utf8(text: str) -> bytes:
+    """Lone surrogates, which no file can hold, become question marks."""
+    return (text + "\n").encode("utf-8", "replace")
 
 
 def _encoded(picture: Image, form: str) -> bytes:

@@ -158,6 +158,8 @@ def _to_rgb(image: Image, composite_alpha: bool) -> NDArray[np.uint8]:
         return _grey_to_rgb(((wide + 128) // 257).astype(np.uint8))
     if image.mode == "F":
         raise ValueError("floating-point pixels have no known range")
+    if image.mode in ("La", "RGBa"):  # colours multiplied by alpha; Pillow converts them only to their plain forms
+        image = image.convert(image.mode.upper())
     if image.has_transparency_data:
         return _drop_alpha(np.asarray(image.convert("RGBA")), composite_alpha)
     return np.array(image.convert("RGB"))

@@ -123,6 +123,7 @@ def test_exif_orientation(orientation: int, form: str) -> None:
     )  # JPEG at quality 100 still rounds
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 def test_damaged_exif_does_not_matter() -> None:
     data = encoded(Image.fromarray(colors()), "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\xff garbage")
     assert load_image(data).shape == (20, 30, 3)
@@ -222,6 +223,7 @@ def test_the_pixel_limit_is_settable_for_every_source() -> None:
         assert "30 x 20 pixels, above the limit of 599" in message(source, max_pixels=599)
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")  # Pillow warns of cut TIFF directories
 @pytest.mark.parametrize("form", FORMATS)
 def test_every_truncation_is_an_image_error_or_a_picture(form: str) -> None:
     """A cut file never gives anything but ImageError, or a picture of the right size (cut after the last pixel)."""
@@ -234,6 +236,7 @@ def test_every_truncation_is_an_image_error_or_a_picture(form: str) -> None:
     assert refused > len(data) // 4  # GIF and BMP hold their headers at the front, TIFF its directory at the end
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 @pytest.mark.parametrize("form", FORMATS)
 def test_every_damaged_byte_is_an_image_error_or_a_picture(form: str) -> None:
     data = encoded(Image.fromarray(colors(6, 5)), form)
@@ -241,9 +244,7 @@ def test_every_damaged_byte_is_an_image_error_or_a_picture(form: str) -> None:
     for position in range(min(len(data), 400)):
         damaged = bytearray(data)
         damaged[position] ^= int(rng.integers(1, 256))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns of odd TIFF tags and the like
-            found = shape_or_message(bytes(damaged))
+        found = shape_or_message(bytes(damaged))
         assert isinstance(found, str) or (len(found) == 3 and found[2] == 3)
 
 
@@ -259,7 +260,7 @@ def test_bad_files(tmp_path: Path) -> None:
     assert message(text) == f"{str(text)!r} is not a PNG, JPEG, WEBP, BMP, TIFF or GIF image"
     pdf = written("paper.pdf", b"%PDF-1.7 ...")
     assert message(pdf).startswith(f"{str(pdf)!r} is a PDF document; render its pages")
-    cut = written("cut.png", encoded(Image.fromarray(colors()), "PNG")[:90])
+    cut = written("cut.png", encoded(Image.fromarray(colors()), "PNG")[:70])
     assert message(cut) == f"{str(cut)!r} is damaged or truncated: its pixels cannot be decoded"
     header = written("header.png", encoded(Image.fromarray(colors()), "PNG")[:20])
     assert message(header) == f"{str(header)!r} is damaged or truncated: its header cannot be read"

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import zlib
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 
@@ -49,6 +50,12 @@ def one_axis_at_a_time(image: Pixels, width: int, height: int) -> Pixels:
     return np.asarray(picture.resize((width, height), Image.Resampling.BICUBIC))
 
 
+@cache
+def large_case(width: int, height: int, new_width: int, new_height: int) -> tuple[Pixels, Pixels]:
+    image = TOOL.picture(width, height, 1)
+    return image, one_axis_at_a_time(image, new_width, new_height)
+
+
 def check_golden(resize: Resize) -> None:
     assert GOLDEN["pillow"] == "12.0.0"
     assert [tuple(case[:4]) for case in GOLDEN["cases"]] == TOOL.sizes()
@@ -80,9 +87,8 @@ def test_native_equals_the_installed_pillow_one_axis_at_a_time(native: Resize) -
 
 @pytest.mark.parametrize("size", [(2480, 3508, 1280, 1920), (2480, 3508, 724, 1024), (192, 48, 1024, 256)])
 def test_pages(native: Resize, size: tuple[int, int, int, int]) -> None:
-    width, height, new_width, new_height = size
-    image = TOOL.picture(width, height, 1)
-    assert np.array_equal(native(image, new_width, new_height), one_axis_at_a_time(image, new_width, new_height))
+    image, expected = large_case(*size)
+    assert np.array_equal(native(image, size[2], size[3]), expected)
 
 
 @pytest.mark.parametrize("resize", [resize_rgb, resize_rgb_reference])
