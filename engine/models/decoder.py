@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..config import DecoderConfig, MoeConfig
-from ..errors import CapacityError, ShapeError
+from ..errors import ShapeError
 from ..ops import OpCase, Ops, RopeTable
 from ..types import ForwardBatch, KVCacheView
 from .weight_map import Part, fused_linear_part, linear_part, part, swiglu_shapes, tensor_part
@@ -213,9 +213,3 @@ class Decoder:
             found = None if rows is None else f"{list(rows.shape)} {rows.dtype}"
             raise ShapeError(f"image_rows must be [{batch.image_index.shape[0]}, {x.shape[1]}] {x.dtype}, got {found}")
         x.index_copy_(0, batch.image_index.long(), rows)
-
-    def check_length(self, num_tokens: int) -> None:
-        """Raise CapacityError if a sequence of num_tokens has positions that the model does not have."""
-        limit = self.config.max_position_embeddings
-        if num_tokens > limit:
-            raise CapacityError(f"{num_tokens} tokens exceed the model's {limit} positions; shorten the prompt")

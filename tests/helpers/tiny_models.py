@@ -146,7 +146,7 @@ class Session:
 
     def __init__(self, model: DeepseekOcr, num_blocks: int = 40, block_size: int = 8) -> None:
         self.model, self.block_size = model, block_size
-        self.cache = make_cache(model.config.decoder, num_blocks, block_size, model.dtype)
+        self.cache = make_cache(model.decoder.config, num_blocks, block_size, model.decoder.dtype)
         order = torch.randperm(num_blocks, generator=torch.Generator().manual_seed(5))
         self.table: list[int] = order.tolist()
         self.length = 0
