@@ -162,7 +162,7 @@ def _to_rgb(image: Image, composite_alpha: bool) -> NDArray[np.uint8]:
         image = image.convert(image.mode.upper())
     if image.has_transparency_data:
         return _drop_alpha(np.asarray(image.convert("RGBA")), composite_alpha)
-    return np.array(image.convert("RGB"))
+    return np.array(image if image.mode == "RGB" else image.convert("RGB"))
 
 
 def _from_array(array: NDArray[Any], max_pixels: int, composite_alpha: bool) -> NDArray[np.uint8]:
