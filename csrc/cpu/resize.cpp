@@ -3,9 +3,9 @@
 // bits; the result of each pass rounded to 8 bits. A pass whose size does not change is skipped. The operation order of
 // the weights is Pillow's (libImaging/Resample.c), because their rounding decides bytes.
 #if defined(__GNUC__) && !defined(__clang__)
-// GCC 12's AVX-512 headers begin from undefined vectors on purpose, and warn of it wherever they are inlined.
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+  // GCC 12's AVX-512 headers begin from undefined vectors on purpose, and warn of it wherever they are inlined.
+  #pragma GCC diagnostic ignored "-Wuninitialized"
+  #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif
 
 #include "kernels.h"
