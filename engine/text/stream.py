@@ -24,7 +24,7 @@ class IncrementalDetokenizer:
 
     stop                 stop strings, none empty
     skip_special_tokens  special tokens add no text (and do not interrupt a stop string)
-    min_tokens           stop strings that begin within the first `min_tokens` tokens are ordinary text
+    min_tokens           stop strings completed within the first `min_tokens` tokens are ordinary text (as in vLLM)
     """
 
     def __init__(
@@ -85,12 +85,13 @@ class IncrementalDetokenizer:
 
     def _take(self, new: str) -> str:
         """Advance over new characters; return those that no stop string can claim any more."""
-        if not self._matchers or self._num_tokens <= self._min_tokens:
+        if not self._matchers:
             return new
+        shielded = self._num_tokens <= self._min_tokens and not self._finished
         buffer = self._held + new
         for position, char in enumerate(new, start=len(self._held) + 1):
             found = [matcher.text for matcher in self._matchers if matcher.advance(char)]
-            if found:
+            if found and not shielded:
                 self.stopped = max(found, key=len)
                 self._held = ""
                 return buffer[: position - len(self.stopped)]
@@ -119,6 +120,9 @@ class _StopMatcher:
 
     def advance(self, char: str) -> bool:
         """Take one character; True if it completes the stop string."""
+        if self.matched == len(self.text):
+            # The last match was ignored: only what its end may begin anew still counts.
+            self.matched = self._fallback[self.matched]
         while self.matched and char != self.text[self.matched]:
             self.matched = self._fallback[self.matched]
         self.matched += char == self.text[self.matched]

