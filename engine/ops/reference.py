@@ -204,7 +204,7 @@ class ReferenceOps(ReferenceVisionOps):
             refuse("qk_norm_rope_store", f"qkv must be [N, {width}], caches alike in its dtype", qkv, keys, values)
         self._check_indices("positions", positions, qkv.shape[0], rope.cos.shape[0])
         self._check_indices("slots", slots, qkv.shape[0], num_blocks * block_size)
-        heads = qkv.view(qkv.shape[0], -1, head_dim)
+        heads = qkv.view(qkv.shape[0], num_heads + 2 * num_kv_heads, head_dim)
         q, k, v = heads[:, :num_heads], heads[:, num_heads:-num_kv_heads], heads[:, -num_kv_heads:]
         cos, sin = rope.cos[positions.long()], rope.sin[positions.long()]
         keys.view(-1, num_kv_heads, head_dim)[slots.long()] = rotate_half(
@@ -310,7 +310,7 @@ class ReferenceOps(ReferenceVisionOps):
             flat = routing.permutation[offsets[expert] : offsets[expert + 1]].long()
             if flat.numel():
                 terms[flat] = swiglu_float32(x[flat // top_k], ffn)
-        terms = terms.view(x.shape[0], top_k, -1) * routing.weights[..., None]
+        terms = terms.view(x.shape[0], top_k, x.shape[1]) * routing.weights[..., None]
         result = terms[:, 0].clone()
         for j in range(1, top_k):  # in this order, so that a row's bits depend on that row alone
             result += terms[:, j]

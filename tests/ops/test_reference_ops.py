@@ -76,8 +76,21 @@ def test_linear(dtype: torch.dtype, activation: str | None) -> None:
     check(OPS.linear(x, packed, activation, out_dtype=torch.float32), sums, torch.float32)  # type: ignore[arg-type]
 
 
-def test_linear_without_rows() -> None:
-    assert OPS.linear(noise(0, 8), OPS.pack_linear(noise(5, 8))).shape == (0, 5)
+def test_no_rows() -> None:
+    """Every decoder op takes an empty batch."""
+    x, none = noise(0, 24), torch.empty(0, dtype=torch.int32)
+    parts = expert(0, torch.float32)
+    ffn, keys = OPS.pack_swiglu(*parts), torch.zeros(2, 4, 1, 8)
+    moe = OPS.pack_moe(noise(1, 24), *([part] for part in parts), ffn)
+    assert OPS.linear(x, OPS.pack_linear(noise(5, 24))).shape == (0, 5)
+    assert OPS.embedding(none, noise(9, 24)).shape == (0, 24)
+    assert OPS.rms_norm(x, noise(24), 1e-6).shape == (0, 24)
+    assert OPS.swiglu_ffn(x, ffn).shape == (0, 24)
+    assert OPS.moe_ffn(x, moe, 1, False, 1.0).shape == (0, 24)
+    q = OPS.qk_norm_rope_store(x, none, none, RopeTable.build(4, 8, 1e4), keys, keys.clone(), 1)
+    assert q.shape == (0, 1, 8)
+    tables = torch.empty(0, 1, dtype=torch.int32)
+    assert OPS.paged_attention(q, keys, keys, tables, ints(0), none, 1.0).shape == (0, 1, 8)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
