@@ -79,7 +79,7 @@ def _add_reading(p: argparse.ArgumentParser) -> None:
     p.add_argument("--base-size", type=int, default=0, help="side of the whole-page view, instead of config.json's")
     p.add_argument("--dtype", default="auto")
     p.add_argument("--backend", default="auto")
-    p.add_argument("--threads", type=int, default=0, help="threads of torch; 0 leaves its choice")
+    p.add_argument("--threads", type=int, default=0, help="threads to read with; 0 leaves the choice to the engine")
 
 
 def list_fonts(font_dir: str) -> int:
@@ -108,7 +108,7 @@ def run(a: argparse.Namespace) -> int:
         return 0
     if a.threads:
         torch.set_num_threads(a.threads)
-    source = evaluate.Source(a.model, a.through, a.base_size, a.font_dir, a.dtype, a.backend)
+    source = evaluate.Source(a.model, a.through, a.base_size, a.font_dir, a.dtype, a.backend, a.threads)
     if a.command == "samples":
         os.makedirs(a.out, exist_ok=True)
         write_json(os.path.join(a.out, "index.json"), evaluate.samples(source, a.out, a.pages, a.seed))

@@ -131,7 +131,7 @@ def training_reader(folder: str) -> Read:
     return read
 
 
-def engine_reader(folder: str, dtype: str = "auto", backend: str = "auto") -> Read:
+def engine_reader(folder: str, dtype: str = "auto", backend: str = "auto", threads: int = 0) -> Read:
     """A Read through the public API of the installed package, with its defaults for everything else."""
     try:
         from pagelens import LLM, SamplingParams
@@ -139,7 +139,7 @@ def engine_reader(folder: str, dtype: str = "auto", backend: str = "auto") -> Re
         raise RuntimeError(
             f"the engine cannot be imported ({error}); install it with `pip install -e .`, or use --through training"
         ) from error
-    llm = LLM(folder, dtype=dtype, backend=backend)
+    llm = LLM(folder, dtype=dtype, backend=backend, num_threads=threads or None)
     params = SamplingParams(max_tokens=MAX_TOKENS)
 
     def read(pages: Sequence[Page], mode: str, layout: Layout, markdown: bool) -> list[str]:
@@ -188,7 +188,7 @@ def tasks(base_size: int) -> list[Task]:
 
 @dataclass(frozen=True)
 class Source:
-    """Which reader is measured, and how it is run. base_size 0 means the one of its config.json."""
+    """Which reader is measured, and how it is run. base_size 0: the one of its config.json; threads 0: all."""
 
     folder: str
     through: str = "engine"
@@ -196,6 +196,7 @@ class Source:
     font_dir: str = DEFAULT_FONT_DIR
     dtype: str = "auto"
     backend: str = "auto"
+    threads: int = 0
 
 
 def read_tasks(source: Source, n: int, seed: int, markdown: bool) -> Iterator[tuple[Task, list[Page], list[str]]]:
@@ -205,8 +206,10 @@ def read_tasks(source: Source, n: int, seed: int, markdown: bool) -> Iterator[tu
     base_size = source.base_size or stored_base_size(source.folder)
     with tempfile.TemporaryDirectory() as scratch:
         copy = with_base_size(source.folder, base_size, scratch)
-        through_engine = source.through == "engine"
-        read = engine_reader(copy, source.dtype, source.backend) if through_engine else training_reader(copy)
+        if source.through == "engine":
+            read = engine_reader(copy, source.dtype, source.backend, source.threads)
+        else:
+            read = training_reader(copy)
         for task in tasks(base_size):
             pages = fresh_pages(fonts[task.families], task, markdown, n, seed)
             yield task, pages, read(pages, task.mode, task.layout, markdown)

@@ -229,9 +229,9 @@ def train(settings: Settings) -> None:
         load_fonts(TRAINED, settings.font_dir)  # a clear error before any process starts
     load_tokenizer(settings.tokenizer)
     os.makedirs(settings.out, exist_ok=True)
-    elements: list[Tensor] = [*Reader().parameters(), *Helpers().parameters()]
-    reducer = Reducer(settings.world, sum(p.numel() for p in elements) + EXTRA)
     if settings.world == 1:
-        _worker(0, settings, reducer)
+        Trainer(settings, 0, Reducer(1, 1)).run()
     else:
+        elements: list[Tensor] = [*Reader().parameters(), *Helpers().parameters()]
+        reducer = Reducer(settings.world, sum(p.numel() for p in elements) + EXTRA)
         torch.multiprocessing.spawn(_worker, (settings, reducer), nprocs=settings.world)

@@ -129,10 +129,6 @@ class Optimizer:
         decoder = [p for n, p in model.named_parameters() if n.startswith("model.layers.")]
         self.muon = Muon(hidden, decoder, rank, reducer.world)
 
-    def sizes(self) -> int:
-        """Number of gradient elements: what the reducer needs room for, besides the extra values of `step`."""
-        return sum(p.numel() for p in self.params)
-
     def zero(self) -> None:
         for p in self.params:
             p.grad = None

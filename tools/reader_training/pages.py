@@ -22,6 +22,7 @@ NUM_CLASSES = 96  # 0 is an empty cell
 TILE = 192
 FULL_PAGE = 2.0  # a level above 1: as many lines as the page holds
 FULL_PAGE_LINES = 16
+RESIZED, LARGEST = 0.3, 2.2  # share of pages that are drawn larger and then resized, and the largest factor
 
 
 class Layout(NamedTuple):
@@ -96,7 +97,7 @@ def _plan_lines(r: np.random.Generator, n_lines: int) -> list[str]:
 
 def _plan(r: np.random.Generator, fonts: FontSet, width: int, height: int, level: float, lines: int | None) -> _Sheet:
     # Sometimes drawn larger and then resized, like a scan or a photograph.
-    scale = float(r.uniform(1.2, 3.0)) if r.random() < 0.3 else 1.0
+    scale = float(r.uniform(1.2, LARGEST)) if r.random() < RESIZED else 1.0
     width, height = round(width * scale), round(height * scale)
     regular, bold = fonts.draw(r)
     if r.random() < 0.12:

@@ -1,6 +1,7 @@
 """The schedules: what is drawn and how fast is learnt, at each point of a training.
 
-`scratch` is the whole way in one schedule. `continue` is what run 9 did to a reader that could already read.
+`scratch` is the whole way in one schedule. `continue` is what run 9b did to a reader that could already read,
+`tiles` what run 9a did before it (docs/reader.md).
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from .fonts import BASE
 from .pages import FULL_PAGE, Layout
 
 BATCH = {"192": 24, "256": 16, "320": 10, "2x1": 10, "1x2": 10, "2x2": 7}  # pages a process and step
-SQUARE = {"192": 0.5, "256": 0.5}
+SQUARE = {"192": 0.55, "256": 0.45}
 TILED = {"192": 0.40, "256": 0.34, "2x1": 0.12, "2x2": 0.14}
 DENSE_END, GROW, DECAY_FROM = 0.15, 0.45, 0.5  # progress of the scratch recipe
 
@@ -32,7 +33,7 @@ class Point:
     level: float
     read: bool = True
     families: int = 0
-    layouts: dict[str, float] = field(default_factory=lambda: dict(TILED))
+    layouts: dict[str, float] = field(default_factory=lambda: dict(SQUARE))
 
     def page_level(self, layout: Layout, u: float) -> float:
         """Level of one page from a uniform number u; long pages are favoured."""
@@ -42,24 +43,29 @@ class Point:
 
 
 def scratch(t: float) -> Point:
-    """Encoder alone on full pages; then short pages in six families; then all families, longer pages and tiles.
+    """Encoder alone on full pages; then short pages in six families; then all families and longer pages.
 
     The rate is constant and decays linearly to 0 over the second half.
     """
     if t < DENSE_END:
-        return Point("dense", min(1.0, t / 0.02), FULL_PAGE, read=False, families=BASE, layouts=dict(SQUARE))
+        return Point("dense", min(1.0, t / 0.02), FULL_PAGE, read=False, families=BASE)
     rate = 0.6 * min(1.0, (1 - t) / (1 - DECAY_FROM))
     if t < GROW:
-        return Point("short pages", rate, 0.3, families=BASE, layouts=dict(SQUARE))
+        return Point("short pages", rate, 0.3, families=BASE)
     return Point("all pages", rate, 0.4)
 
 
 def continued(t: float) -> Point:
-    """Run 9: all families, resized drawing, JPEG and tiles, from a reader that was trained on none of these."""
-    return Point("continue", 0.55 * min(1.0, (1 - t) / 0.85), 0.4)
+    """Run 9b: all families, resized drawing and JPEG; the rate decays linearly over the last three quarters."""
+    return Point("continue", 0.5 * min(1.0, (1 - t) / 0.75), 0.4)
 
 
-RECIPES: dict[str, Callable[[float], Point]] = {"scratch": scratch, "continue": continued}
+def tiles(t: float) -> Point:
+    """Run 9a: as `continued`, a quarter of the batches tiled."""
+    return Point("tiles", 0.55 * min(1.0, (1 - t) / 0.85), 0.4, layouts=dict(TILED))
+
+
+RECIPES: dict[str, Callable[[float], Point]] = {"scratch": scratch, "continue": continued, "tiles": tiles}
 
 
 def helper_weight(t: float) -> float:

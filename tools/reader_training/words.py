@@ -56,10 +56,13 @@ class Words:
         self.words = [w for w in text if is_held_out(w) == (held_out or strict)]
         self.extra: list[str] = []
         if strict:
-            self.words = sorted([*self.words, *(w for w in library if is_held_out(w))])
+            # A common word is trained on even where the rule holds it out.
+            self.words = sorted(w for w in (*text, *library) if is_held_out(w) and w not in COMMON)
         elif not held_out:
             self.extra = [w for w in library if not is_held_out(w)]
-        self.trained = frozenset(w for w in (*text, *library, *COMMON) if not is_held_out(w)) if strict else frozenset()
+        self.trained: frozenset[str] = frozenset()
+        if strict:
+            self.trained = frozenset(COMMON).union(w for w in (*text, *library) if not is_held_out(w))
 
     def one(self, r: np.random.Generator) -> str:
         """One item: a word (perhaps dressed with capitals or punctuation), a number, or a string of symbols."""
@@ -77,7 +80,10 @@ class Words:
         elif u < 0.97:
             return self._number(r)
         else:
-            return "".join(SYMBOLS[i] for i in r.integers(0, len(SYMBOLS), r.integers(1, 7)))
+            item = self._symbols(r)
+            while item.lower() in self.trained:
+                item = self._symbols(r)
+            return item
         return self._dress(r, word)
 
     def line(self, r: np.random.Generator, face: Face, size: int, width: float, max_chars: int) -> str:
@@ -102,6 +108,10 @@ class Words:
     @staticmethod
     def _letters(r: np.random.Generator, longest: int) -> str:
         return "".join(LOWER[i] for i in r.integers(0, 26, r.integers(2, longest)))
+
+    @staticmethod
+    def _symbols(r: np.random.Generator) -> str:
+        return "".join(SYMBOLS[i] for i in r.integers(0, len(SYMBOLS), r.integers(1, 7)))
 
     def _training_word(self, r: np.random.Generator) -> str:
         u = r.random()
