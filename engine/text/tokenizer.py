@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import tokenizers
 
 from ..errors import PromptError, WeightsError
+from ..loading.strict_json import parse_json, shown
 
 MAX_TOKENIZER_BYTES = 256 * 2**20
+MAX_ID = 2**24
 BOS_TEXT = "<｜begin▁of▁sentence｜>"
 EOS_TEXT = "<｜end▁of▁sentence｜>"
 
@@ -31,10 +34,12 @@ class Tokenizer:
     def __init__(self, folder: str | Path) -> None:
         self._path = Path(folder) / "tokenizer.json"
         self._label = f"{self._path.parent.name}/tokenizer.json"
-        self._full = self._build(self._read_text())
+        text = self._read_text()
+        _check_file(text, self._fail)
+        self._full = self._build(text)
         decoder = self._full.decoder
         if not isinstance(decoder, tokenizers.decoders.ByteLevel):
-            raise WeightsError(f"{self._label}: decoder {type(decoder).__name__} is not supported; only ByteLevel is")
+            self._fail(f"decoder {type(decoder).__name__} is not supported; only ByteLevel is")
         added = self._full.get_added_tokens_decoder()
         self._added_ids = {token.content: id_ for id_, token in added.items()}
         self.special_ids = frozenset(id_ for id_, token in added.items() if token.special)
@@ -52,6 +57,10 @@ class Tokenizer:
             ids: list[int] = chosen.encode(text, add_special_tokens=False).ids
         except UnicodeEncodeError as error:
             raise PromptError(f"text has a lone surrogate at character {error.start}; it is not Unicode") from error
+        except BaseException as error:
+            if not _is_panic(error):
+                raise
+            raise WeightsError(f"{self._label}: damaged: it cannot encode this text") from error
         return ids
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
@@ -82,7 +91,7 @@ class Tokenizer:
         """As `token_id`, but raises WeightsError if there is no such token."""
         id_ = self.token_id(text)
         if id_ is None:
-            raise WeightsError(f"{self._label}: there is no token {text!r}, which the model needs")
+            self._fail(f"there is no token {text!r}, which the model needs")
         return id_
 
     def bos_id(self, text: str = BOS_TEXT) -> int | None:
@@ -115,6 +124,9 @@ class Tokenizer:
         raw["added_tokens"], raw["post_processor"] = [], None
         return self._build(json.dumps(raw, ensure_ascii=False))
 
+    def _fail(self, reason: str) -> NoReturn:
+        raise WeightsError(f"{self._label}: {reason}")
+
     def _read_text(self) -> str:
         try:
             if self._path.stat().st_size > MAX_TOKENIZER_BYTES:
@@ -128,14 +140,43 @@ class Tokenizer:
     def _build(self, text: str) -> tokenizers.Tokenizer:
         try:
             tokenizer = tokenizers.Tokenizer.from_str(text)
-        except Exception as error:
+        except BaseException as error:
             # The library raises bare Exception for every fault of the file.
+            if not isinstance(error, Exception) and not _is_panic(error):
+                raise
             raise WeightsError(f"{self._label}: damaged: {str(error)[:200]}") from error
-        if not isinstance(tokenizer.model, tokenizers.models.BPE):
-            raise WeightsError(f"{self._label}: model {type(tokenizer.model).__name__} is not supported; only BPE is")
         tokenizer.no_truncation()
         tokenizer.no_padding()
         return tokenizer
+
+
+def _check_file(text: str, fail: Callable[[str], NoReturn]) -> None:
+    """Refuse what the library would not: settings that change texts unseen, and values on which it ends the process."""
+
+    def damaged(reason: str) -> NoReturn:
+        fail(f"damaged: {reason}")
+
+    raw = parse_json(text, damaged)
+    model = raw.get("model") if isinstance(raw, dict) else None
+    if not isinstance(model, dict):
+        damaged("it has no model")
+    if model.get("type") != "BPE":
+        fail(f"model {shown(model.get('type'))} is not supported; only BPE is")
+    for key in ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
+        if model.get(key):
+            fail(f"model.{key}={shown(model[key])} is not supported; it must be null")
+    vocab, added = model.get("vocab"), raw.get("added_tokens", [])
+    if not isinstance(vocab, dict) or not isinstance(model.get("merges"), list) or not isinstance(added, list):
+        damaged("vocab must be an object, merges and added_tokens lists")
+    added_ids = [token.get("id") if isinstance(token, dict) else None for token in added]
+    for id_ in (*vocab.values(), *added_ids):
+        if type(id_) is not int or not 0 <= id_ < MAX_ID:
+            damaged(f"token id {shown(id_)} is not an integer from 0 to {MAX_ID - 1}")
+
+
+def _is_panic(error: BaseException) -> bool:
+    """A panic of the library's Rust code arrives as a BaseException of a class that cannot be imported."""
+    return type(error).__name__ == "PanicException"
 
 
 def _merge_parts(merge: str | list[str]) -> tuple[str, str, str]:

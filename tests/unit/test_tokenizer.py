@@ -226,6 +226,10 @@ def without(key: str) -> Callable[[], dict[str, Any]]:
     return lambda: {name: value for name, value in small().items() if name != key}
 
 
+def changed_model(**changes: Any) -> dict[str, Any]:
+    return small(model={**small()["model"], **changes})
+
+
 DAMAGED: dict[str, tuple[Any, str]] = {
     "empty": ("", "damaged"),
     "not JSON": ("{", "damaged"),
@@ -236,7 +240,18 @@ DAMAGED: dict[str, tuple[Any, str]] = {
     "merge of unknown parts": (small(model={"type": "BPE", "vocab": {"a": 0}, "merges": [["q", "r"]]}), "damaged"),
     "vocab ids are text": (small(model={"type": "BPE", "vocab": {"a": "0"}, "merges": []}), "damaged"),
     "negative id": (small(model={"type": "BPE", "vocab": {"a": -1}, "merges": []}), "damaged"),
-    "word level": (small(model={"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}), "model WordLevel"),
+    "word level": (small(model={"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}), "model 'WordLevel'"),
+    "no type": (small(model={"vocab": {"a": 0}, "merges": []}), "model None is not supported"),
+    "duplicate key": ('{"model": {}, "model": {}}', "duplicate key 'model'"),
+    "huge id": (small(model={"type": "BPE", "vocab": {"a": 2**32 - 1}, "merges": []}), "id 4294967295 is not"),
+    "huge added id": (small(added_tokens=[added(2**24, "<y>")]), "id 16777216 is not"),
+    "added token without id": (small(added_tokens=[{"content": "<y>"}]), "id None is not"),
+    # The library ends the whole process on this one.
+    "prefix of subwords": (changed_model(continuing_subword_prefix="a"), "continuing_subword_prefix='a' is not"),
+    "suffix of words": (changed_model(end_of_word_suffix="</w>"), "end_of_word_suffix='</w>' is not"),
+    "random merges": (changed_model(dropout=0.5), "dropout=0.5 is not"),
+    "unknown token": (changed_model(unk_token="a"), "unk_token='a' is not"),
+    "byte fallback": (changed_model(byte_fallback=True), "byte_fallback=True is not"),
     "no decoder": (small(decoder=None), "decoder NoneType is not supported"),
     "another decoder": (small(decoder={"type": "Fuse"}), "decoder Fuse is not supported; only ByteLevel"),
     "bad regex": (
@@ -252,6 +267,34 @@ def test_damage(name: str, tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match=message) as caught:
         Tokenizer(write(tmp_path, raw))
     assert "tokenizer.json" in str(caught.value)
+
+
+def test_empty_affixes_are_as_good_as_none(tmp_path: Path) -> None:
+    """Qwen's file has empty strings where DeepSeek's has null."""
+    raw = changed_model(continuing_subword_prefix="", end_of_word_suffix="", dropout=None, byte_fallback=False)
+    assert Tokenizer(write(tmp_path, raw)).encode("ab<x>", True) == [4, 5]
+
+
+def test_a_panic_inside_the_library_is_a_weights_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Version 0.23.3 panics on an empty Replace pattern, for one; the class of a panic is known by its name only."""
+
+    class PanicException(BaseException):
+        pass
+
+    class Panicking:
+        def encode(self, text: str, add_special_tokens: bool) -> None:
+            raise PanicException("index out of bounds")
+
+    def interrupted(*arguments: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    tokenizer = Tokenizer(write(tmp_path, small()))
+    monkeypatch.setattr(tokenizer, "_full", Panicking())
+    with pytest.raises(WeightsError, match="cannot encode this text"):
+        tokenizer.encode("ab", True)
+    monkeypatch.setattr(Panicking, "encode", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        tokenizer.encode("ab", True)
 
 
 def test_every_truncation_of_a_small_file_is_refused(tmp_path: Path) -> None:
