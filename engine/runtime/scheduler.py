@@ -66,18 +66,17 @@ class Scheduler:
         """Choose the next pass. Empty only if there is no work: what it returns must be run and committed."""
         budget = self.max_batch_tokens
         chunks: Schedule = []
-        preempted = False
         for sequence in list(self.running):
             if budget == 0 or sequence.status != "running":
                 break
             count = min(sequence.num_pending, budget)
-            preempted |= self._make_room(sequence, sequence.num_computed + count)
+            self._make_room(sequence, sequence.num_computed + count)
             if sequence.status != "running":
                 break
             chunks.append(Chunk(sequence, sequence.num_computed, count))
             budget -= count
-        # Admitting right after a preemption would take the very blocks that were missing.
-        while self.waiting and budget > 0 and not preempted and len(self.running) < self.max_num_seqs:
+        # A victim of this very step cannot come back here: without the block that was missing, too few are free for it.
+        while self.waiting and budget > 0 and len(self.running) < self.max_num_seqs:
             sequence = self.waiting[0]
             needed = self.pool.num_needed(len(sequence.token_ids))
             if needed > self.pool.num_free:
@@ -124,19 +123,16 @@ class Scheduler:
             raise EngineError(f"{len(self.running)} sequences run but max_num_seqs is {self.max_num_seqs}")
         self.pool.check_integrity((sequence.name, sequence.block_table) for sequence in self.running)
 
-    def _make_room(self, sequence: Sequence, num_tokens: int) -> bool:
-        """Extend a block table to num_tokens, preempting the newest sequences if need be. True if any was.
+    def _make_room(self, sequence: Sequence, num_tokens: int) -> None:
+        """Extend a block table to num_tokens, preempting the newest sequences if need be.
 
         The last to give way is `sequence` itself, which then does not run in this step.
         """
         missing = self.pool.num_needed(num_tokens) - len(sequence.block_table)
-        preempted = False
         while missing > self.pool.num_free and sequence.status == "running":
             self._preempt(self.running.pop())
-            preempted = True
         if missing > 0 and sequence.status == "running":
             sequence.block_table.extend(self.pool.allocate(missing))
-        return preempted
 
     def _preempt(self, sequence: Sequence) -> None:
         self._free_blocks(sequence)

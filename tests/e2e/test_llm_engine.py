@@ -97,6 +97,7 @@ def test_requests_in_flight_give_the_tokens_each_gives_alone(seed: int, images: 
         assert [states[i].output().outputs[0].token_ids for i in range(len(requests))] == expected
         assert engine.scheduler.pool.num_free == engine.scheduler.pool.num_blocks
         assert model.encoded == (4 if images else 0), "a recompute does not encode again"
+        assert not any(engine.runner.has_images(state.sequence) for state in states.values()), "rows are freed"
         preemptions += engine.scheduler.num_preemptions
         chunks += sum(tokens > sequences for tokens, sequences in model.passes)
         assert sum(s.metrics.num_preemptions for s in states.values()) == engine.scheduler.num_preemptions
@@ -186,6 +187,7 @@ def test_generate_keeps_the_order_and_the_thread_ends_with_the_work() -> None:
         outputs = llm.generate([p for p, _ in requests], [s for _, s in requests])
         assert [o.outputs[0].token_ids for o in outputs] == [tokens_alone(p, s) for p, s in requests]
         wait_until(lambda: llm._thread is None)
+        assert not llm._handles
         assert llm.generate([], params()) == []
 
 
