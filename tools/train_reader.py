@@ -55,6 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--lr", type=float, default=2e-3, help="AdamW's rate")
     p.add_argument("--muon-lr", type=float, default=0.02)
     p.add_argument("--float32", action="store_true", help="no bfloat16 arithmetic")
+    p.add_argument("--batch-scale", type=float, default=1.0, help="factor on the pages a step (recipe.BATCH)")
     p.add_argument("--save-minutes", type=float, default=10.0)
     p.add_argument("--log-every", type=int, default=50, help="steps")
 
@@ -103,7 +104,7 @@ def run(a: argparse.Namespace) -> int:
         return 0
     if a.command == "train":
         same = "out tokenizer recipe minutes steps seed world init aux resume lr muon_lr slow freeze log_every"
-        values = {name: getattr(a, name) for name in [*same.split(" "), "save_minutes", "font_dir"]}
+        values = {name: getattr(a, name) for name in [*same.split(" "), "save_minutes", "batch_scale", "font_dir"]}
         train(Settings(**values, bf16=not a.float32))
         return 0
     if a.threads:

@@ -1,6 +1,6 @@
 """The schedules: what is drawn and how fast is learnt, at each point of a training.
 
-`scratch` is the whole way in one schedule. `continue` is what run 9b did to a reader that could already read,
+`scratch` is the whole way in one schedule. `continue` is what run 9c did to a reader that could already read,
 `tiles` what run 9a did before it (docs/reader.md).
 """
 
@@ -56,12 +56,12 @@ def scratch(t: float) -> Point:
 
 
 def continued(t: float) -> Point:
-    """Run 9b: all families, resized drawing and JPEG; the rate decays linearly over the last three quarters."""
-    return Point("continue", 0.5 * min(1.0, (1 - t) / 0.75), 0.4)
+    """Run 9c: all families, resized drawing and JPEG; the rate decays linearly over the last four fifths."""
+    return Point("continue", 0.45 * min(1.0, (1 - t) / 0.8), 0.4)
 
 
 def tiles(t: float) -> Point:
-    """Run 9a: as `continued`, a quarter of the batches tiled."""
+    """Run 9a: all families, and a quarter of the batches tiled."""
     return Point("tiles", 0.55 * min(1.0, (1 - t) / 0.85), 0.4, layouts=dict(TILED))
 
 
