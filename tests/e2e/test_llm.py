@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 import shutil
+import subprocess
+import sys
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -197,3 +199,18 @@ def test_options_reach_the_engine() -> None:
             small.submit([5] * 64)
     with pytest.raises(ConfigError, match="unknown option 'quantization'"):
         LLM(builtin_model(), quantization="int4")
+
+
+def test_the_process_may_end_with_requests_in_flight() -> None:
+    """The engine's thread is stopped before the interpreter is torn down: no crash, no wait for the answers."""
+    program = (
+        "from pagelens import LLM, SamplingParams\n"
+        "from pagelens.reader import builtin_model\n"
+        "llm = LLM(builtin_model(), num_threads=1)\n"
+        "sampling = SamplingParams(ignore_eos=True, detect_repetition=False)\n"
+        "handles = [llm.submit([5, 6, i], sampling) for i in range(7, 12)]\n"
+        "next(iter(handles[0]))\n"
+        "print('leaving', handles[0].done)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "leaving False\n", "")
