@@ -13,12 +13,12 @@ PAGELENS_INLINE vf gelu(vf x) {
   const float c[] = {-0.005662035662680864f, 0.06792174279689789f,   -0.23565047979354858f, 0.31315121054649353f,
                      -0.14316989481449127f,  0.17632122337818146f,   0.08370767533779144f,  0.12412063032388687f,
                      0.11924097687005997f,   1.8954315237351693e-05f};
-  const vf y = x < 0.0f ? -x : x;
+  const vf y = at_most(x < 0.0f ? -x : x, 20.0f);  // Phi(-20) is 0 in float32; infinity times 0 would be NaN
   const vf t = 1.0f / fma(y, splat(0.3f), splat(1.0f));
   vf p = splat(c[0]);
   PAGELENS_UNROLL for (int i = 1; i < 10; i++) p = fma(p, t, splat(c[i]));
-  const vf tail = x * (p * exp(y * y * -0.5f));  // x * Phi(-|x|)
-  return x < 0.0f ? tail : x - tail;
+  const vf tail = y * (p * exp(y * y * -0.5f));  // y * Phi(-y)
+  return x < 0.0f ? -tail : x - tail;
 }
 
 PAGELENS_INLINE vf activate(vf x, Activation kind) {
