@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import warnings
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +26,8 @@ Started = tuple[str, "PageStream | None"]
 
 def read_files(args: argparse.Namespace, options: dict[str, Any]) -> int:
     """Read every file of the command line; returns the exit status."""
+    # Pillow warns about damaged metadata; a bad file gets our one line and nothing else.
+    warnings.filterwarnings("ignore", module="PIL")
     sampling = SamplingParams(max_tokens=args.max_tokens)
     if args.model is None:
         print(f"pagelens: {BUILTIN_NOTE}", file=sys.stderr)

@@ -54,7 +54,7 @@ def generated_page(size: str) -> Any:
     page = Image.new("RGB", (width, height), (240, 240, 236))
     draw = ImageDraw.Draw(page)
     for line, top in enumerate(range(20, height - 20, 36)):
-        draw.rectangle((20, top, width - 20 - 97 * (line % 5), top + 14), fill=(40, 40, 48))
+        draw.rectangle((20, top, max(20, width - 20 - 97 * (line % 5)), top + 14), fill=(40, 40, 48))
     return page
 
 
