@@ -42,4 +42,4 @@ class EngineClosedError(PagelensError, RuntimeError):
 
 
 class EngineError(PagelensError, RuntimeError):
-    """A fault while requests were running: logits that are not finite, a broken block table, a forward pass that raised."""
+    """A fault while requests ran: logits that are not finite, a broken block table, a forward pass that raised."""
