@@ -20,9 +20,10 @@ from pathlib import Path
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
-# Build front ends start this file in the source folder; setuptools wants every path relative to it.
-ROOT = Path(__file__).resolve().parent
+# Relative to the source folder, where build front ends start this file: setuptools wants it so, and a copy of the
+# folder, objects included, need not be compiled again.
 CSRC = Path("csrc")
+OBJECTS = Path("build") / f"native-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
 
 # Never -march=native: what is built here also runs elsewhere. -ffp-contract=off keeps a*b+c at two roundings wherever
 # the source does not ask for a fused one, so that a result does not depend on the optimiser's mood.
@@ -68,10 +69,19 @@ def accepts(flags: list[str]) -> bool:
 
 
 def instruction_sets() -> dict[str, list[str]]:
-    """Instruction set -> extra flags; `portable` first. A set that the compiler does not know is left out."""
+    """Instruction set -> extra flags; `portable` first. A set that the compiler does not know is left out.
+
+    PAGELENS_BUILD_ISAS=avx2,avx512 builds only these, besides `portable`.
+    """
+    wanted = os.environ.get("PAGELENS_BUILD_ISAS", ",".join(X86_FLAGS)).split(",")
+    unknown = sorted(set(wanted) - set(X86_FLAGS) - {"portable", ""})
+    if unknown:
+        raise SystemExit(f"PAGELENS_BUILD_ISAS names {unknown[0]!r}; known: portable, {', '.join(X86_FLAGS)}")
     sets: dict[str, list[str]] = {"portable": []}
     if platform.machine().lower() in ("x86_64", "amd64"):
         for name, flags in X86_FLAGS.items():
+            if name not in wanted:
+                continue
             if accepts(flags):
                 sets[name] = flags
             else:
@@ -88,14 +98,14 @@ class BuildNative(build_ext):
         sets = instruction_sets()
         include = ["-I", str(CSRC), "-I", pybind11.get_include(), "-I", sysconfig.get_paths()["include"]]
         have = [f"-DPAGELENS_HAS_{name.upper()}" for name in sets]
-        folder = ROOT / "build" / f"native-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
         jobs: list[tuple[list[str], Path]] = []
         for source in [CSRC / "bindings.cpp", *sorted((CSRC / "common").glob("*.cpp"))]:
-            jobs.append(self.job(source, folder / "common", [*CXX_FLAGS, *include, *have]))
+            chosen = have if source.stem == "cpu_features" else []
+            jobs.append(self.job(source, OBJECTS / "common", [*CXX_FLAGS, *include, *chosen]))
         for name, flags in sets.items():
             for source in sorted((CSRC / "cpu").glob("*.cpp")):
                 own = [*CXX_FLAGS, "-I", str(CSRC), f"-DPAGELENS_ISA={name}", f"-DPAGELENS_ISA_{name.upper()}", *flags]
-                jobs.append(self.job(source, folder / name, own))
+                jobs.append(self.job(source, OBJECTS / name, own))
         with ThreadPoolExecutor(self.parallel or os.cpu_count() or 1) as pool:
             for _ in pool.map(lambda job: self.compile(*job), jobs):
                 pass

@@ -96,20 +96,22 @@ std::unique_lock<std::mutex> ThreadPool::lock() {
 
 void ThreadPool::close() {
   if (forks.load() != fork_generation_) {
-    // The handles name threads of the parent; joining them would never return and destroying them would terminate.
+    // The handles name threads of the parent: joining them would never return, destroying them would terminate, and
+    // destroying a condition variable on which they slept would wait for them. So all of it is leaked.
     if (!threads_.empty()) new std::vector<std::thread>(std::move(threads_));
     threads_.clear();
+    bed_.release();
     closed_ = true;
     return;
   }
   std::unique_lock<std::mutex> held(user_);
   closed_ = true;
   {
-    std::lock_guard<std::mutex> guard(sleep_);
+    std::lock_guard<std::mutex> guard(bed_->mutex);
     stop_.store(true);
     generation_.fetch_add(1);
   }
-  wake_.notify_all();
+  bed_->wake.notify_all();
   for (std::thread& thread : threads_) thread.join();
   threads_.clear();
   for (Buffer& buffer : shared_) buffer.release();
@@ -134,9 +136,9 @@ void ThreadPool::dispatch(int64_t chunks, Call call, void* context) {
   generation_.fetch_add(1);
   if (asleep_.load()) {
     {
-      std::lock_guard<std::mutex> guard(sleep_);
+      std::lock_guard<std::mutex> guard(bed_->mutex);
     }  // a worker that is about to sleep has either seen the new count or waits
-    wake_.notify_all();
+    bed_->wake.notify_all();
   }
   work(0);
   const auto all_done = [&] { return done_.load(std::memory_order_acquire) == static_cast<uint32_t>(chunks); };
@@ -163,9 +165,9 @@ void ThreadPool::loop(int thread) {
   const auto changed = [&] { return generation_.load() != seen; };  // ordered with asleep_
   while (!stop_.load()) {
     if (!spin_until(changed)) {
-      std::unique_lock<std::mutex> guard(sleep_);
+      std::unique_lock<std::mutex> guard(bed_->mutex);
       asleep_.fetch_add(1);
-      wake_.wait(guard, changed);
+      bed_->wake.wait(guard, changed);
       asleep_.fetch_sub(1);
     }
     seen = generation_.load(std::memory_order_acquire);

@@ -105,8 +105,11 @@ class ThreadPool {
   alignas(128) std::atomic<uint32_t> generation_{0};
   std::atomic<int> asleep_{0};
   std::atomic<bool> stop_{false};
-  std::mutex sleep_;
-  std::condition_variable wake_;
+  struct Bed {
+    std::mutex mutex;
+    std::condition_variable wake;
+  };
+  std::unique_ptr<Bed> bed_ = std::make_unique<Bed>();  // where workers sleep
   Buffer shared_[kShared];
   std::unique_ptr<Buffer[]> local_;
 };
