@@ -9,7 +9,19 @@ constexpr int kVectors = kPanel / W;
 constexpr int vectors_a_pass(int rows) {
   if (W == 16) return kVectors;
   if (W == 8) return rows <= 2 ? 4 : 2;
-  return rows == 1 ? 8 : rows == 2 ? 4 : 2;
+  return rows == 1 ? 8 : 2;
+}
+
+// c += x * b. As assembly where that is one instruction: GCC 12 otherwise hoists the broadcasts of a whole tile and
+// spills the accumulators of the larger ones (16 registers, 15 needed).
+PAGELENS_INLINE void accumulate(vf& c, vf x, vf b) {
+#if defined(PAGELENS_ISA_AVX512) || defined(PAGELENS_ISA_AVX512_BF16)
+  asm("vfmadd231ps %2, %1, %0" : "+v"(c) : "v"(x), "v"(b));
+#elif defined(PAGELENS_ISA_AVX2)
+  asm("vfmadd231ps %2, %1, %0" : "+x"(c) : "x"(x), "x"(b));
+#else
+  c = fma(x, b, c);
+#endif
 }
 
 template <int R, int NV>
@@ -42,7 +54,7 @@ __attribute__((noinline)) void tile_f32(const void* a_, const void* w_, int64_t 
       PAGELENS_UNROLL for (int v = 0; v < NV; v++) b[v] = load(w + v * W);
       PAGELENS_UNROLL for (int r = 0; r < R; r++) {
         const vf x = splat(a[r]);
-        PAGELENS_UNROLL for (int v = 0; v < NV; v++) c[r][v] = fma(x, b[v], c[r][v]);
+        PAGELENS_UNROLL for (int v = 0; v < NV; v++) accumulate(c[r][v], x, b[v]);
       }
     }
     store_sums<R, NV>(c, acc + pass * NV * W);
@@ -83,12 +95,12 @@ __attribute__((noinline)) void tile_bf16(const void* a_, const void* w_, int64_t
       PAGELENS_UNROLL for (int v = 0; v < NV; v++) b[v] = (vf)(load_as<vu>(w + v * W) << 16);
       PAGELENS_UNROLL for (int r = 0; r < R; r++) {
         const vf x = splat(a[r]);
-        PAGELENS_UNROLL for (int v = 0; v < NV; v++) c[r][v] = fma(x, b[v], c[r][v]);
+        PAGELENS_UNROLL for (int v = 0; v < NV; v++) accumulate(c[r][v], x, b[v]);
       }
       PAGELENS_UNROLL for (int v = 0; v < NV; v++) b[v] = (vf)(load_as<vu>(w + v * W) & 0xffff0000u);
       PAGELENS_UNROLL for (int r = 0; r < R; r++) {
         const vf x = splat(a[R + r]);
-        PAGELENS_UNROLL for (int v = 0; v < NV; v++) c[r][v] = fma(x, b[v], c[r][v]);
+        PAGELENS_UNROLL for (int v = 0; v < NV; v++) accumulate(c[r][v], x, b[v]);
       }
     }
     store_sums<R, NV>(c, acc + pass * NV * W);

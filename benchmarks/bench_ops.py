@@ -1,0 +1,113 @@
+"""Speed of the ops on the cases of tests/ops/cases.py: first the answer is checked, then it is timed.
+
+    python -m pytest benchmarks/bench_ops.py --benchmark-enable --benchmark-only
+
+Besides pytest-benchmark's table (which can be stored and compared) a second one is printed with bytes and operations a
+second. GB/s counts what must be read and written once. "torch" is torch's own op on the same inputs and threads where
+there is one, measured in turns with ours; medians of both. Nothing is done against other load on the machine.
+"""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ops.cases import BF16, LARGE, REAL, AttentionCase, Case, LinearCase, MoeCase, NormCase, difference
+from torch.nn import functional
+
+from pagelens.ops.native import NativeOps
+from pagelens.ops.reference import ReferenceOps
+
+# The tiny built-in reader decodes with hidden 192, 6 heads of 32, 8 experts of 96 top-2, vocabulary 384.
+DEMO = [LinearCase(rows=1, width=192, out=384, dtype=BF16), MoeCase(rows=1, dtype=BF16, seed=1), NormCase(dtype=BF16)]
+CASES = [*DEMO, *(case for case in REAL if case.dtype == BF16), *LARGE]
+ROUNDS, BUDGET_S = 15, 1.0
+
+
+@pytest.fixture(scope="module")
+def native() -> Iterator[NativeOps]:
+    ops = NativeOps()
+    before = torch.get_num_threads()
+    torch.set_num_threads(ops.num_threads)
+    yield ops
+    torch.set_num_threads(before)
+    ops.close()
+
+
+@pytest.fixture(scope="module")
+def report(native: NativeOps, request: pytest.FixtureRequest) -> Iterator[list[tuple[str, ...]]]:
+    rows: list[tuple[str, ...]] = [("op", "median us", "GB/s", "GFLOP/s", "torch us", "speedup")]
+    yield rows
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+        print(f"\n\n{cpu_name()}, {native.num_threads} threads, {native.isa}, torch {torch.__version__}")
+        for first, *rest in rows:
+            numbers = [text.rjust(width) for text, width in zip(rest, widths[1:])]
+            print("  ".join([first.ljust(widths[0]), *numbers]))
+
+
+def cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def torch_call(case: Case) -> Callable[[], Any] | None:
+    """torch's own op for the same work, if it has one that does no more and no less."""
+    if isinstance(case, LinearCase) and case.activation is None and not case.residual and not case.bias:
+        x, weight, _, _ = case.tensors()
+        return lambda: functional.linear(x, weight)
+    if isinstance(case, AttentionCase) and len(case.batch.sequences) == 1 and case.heads == case.kv_heads:
+        (new, context), shape = case.batch.sequences[0], (1, case.heads, -1, case.head_dim)
+        if new not in (1, context):
+            return None
+        g = case.generator()
+        q, k, v = (
+            torch.randn(case.heads * n * case.head_dim, generator=g).to(case.dtype) for n in (new, context, context)
+        )
+        q, k, v = q.view(shape), k.view(shape), v.view(shape)
+        return lambda: functional.scaled_dot_product_attention(q, k, v, is_causal=new > 1)
+    return None
+
+
+def in_turns(*calls: Callable[[], Any]) -> list[float]:
+    """Median seconds of each call; they take turns, so that a slow moment of the machine meets all of them."""
+    times: list[list[float]] = [[] for _ in calls]
+    start = time.perf_counter()
+    while len(times[0]) < ROUNDS or (time.perf_counter() - start < BUDGET_S and len(times[0]) < 2000):
+        for call, seconds in zip(calls, times):
+            begin = time.perf_counter()
+            call()
+            seconds.append(time.perf_counter() - begin)
+    return [statistics.median(seconds) for seconds in times]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+def test_speed(case: Case, native: NativeOps, benchmark: Any, report: list[tuple[str, ...]]) -> None:
+    problem = difference(case.bind(native)().clone(), case.bind(ReferenceOps())(), case)
+    assert problem is None, problem
+
+    run = case.timed(native)
+    other = torch_call(case)
+    ours, *theirs = in_turns(run, other) if other else in_turns(run)
+    benchmark.group = case.op
+    benchmark.extra_info.update(gb_s=case.bytes() / ours / 1e9, gflop_s=case.flops() / ours / 1e9, isa=native.isa)
+    benchmark(run)
+    report.append(
+        (
+            case.id,
+            f"{ours * 1e6:.1f}",
+            f"{case.bytes() / ours / 1e9:.1f}",
+            f"{case.flops() / ours / 1e9:.1f}",
+            f"{theirs[0] * 1e6:.1f}" if theirs else "",
+            f"{theirs[0] / ours:.2f}" if theirs else "",
+        )
+    )
