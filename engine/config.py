@@ -22,6 +22,8 @@ class EngineConfig:
     max_batch_tokens  most tokens in one forward pass; longer prompts are cut into chunks of this size
     kv_cache_bytes    size of the paged KV-cache; None = room for max_num_seqs sequences, at most 1 GiB
     block_size        tokens a KV block
+    random_weights    build the model of a preset or of a folder's config.json with random weights instead of reading
+                      them, to measure speed and memory; an integer is the seed, True the seed 1
     """
 
     model: str
@@ -36,6 +38,7 @@ class EngineConfig:
     kv_cache_bytes: int | None = None
     block_size: int = 16
     check_blocks: bool = False
+    random_weights: bool | int = False
 
     def resolve(self) -> EngineConfig:
         """Return self after checking every value. Raises ConfigError naming the option, its value and the choices."""
@@ -56,6 +59,10 @@ class EngineConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise ConfigError(f"{name}={value!r} must be a positive integer")
+        if not isinstance(self.random_weights, int) or not 0 <= self.random_weights < 2**63:
+            raise ConfigError(
+                f"random_weights={self.random_weights!r} must be True, False or a seed from 0 to 2^63 - 1"
+            )
         return self
 
     def with_options(self, **options: object) -> EngineConfig:
@@ -106,8 +113,23 @@ class MoeConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class YarnConfig:
+    """Static YaRN: slow rotations are divided by `factor`, and cos and sin multiplied by `attention_factor`."""
+
+    factor: float
+    original_max_position_embeddings: int
+    attention_factor: float
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+
+
+@dataclass(frozen=True, slots=True)
 class DecoderConfig:
-    """Decoder shared by all families: GQA, optional QK-norm, dense or MoE feed-forward, rotate-half RoPE."""
+    """Decoder shared by all families: GQA, optional QK-norm, dense or MoE feed-forward, rotate-half RoPE.
+
+    bos_token_id  put before every string prompt; None where tokenizer.json says what goes there
+    """
 
     vocab_size: int
     hidden_size: int
@@ -124,6 +146,7 @@ class DecoderConfig:
     max_position_embeddings: int = 8192
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
+    yarn: YarnConfig | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,3 +174,12 @@ class DeepseekOcrConfig:
     image_token_id: int | None = None
     torch_dtype: DType = "bfloat16"
     model_type: str = "deepseek_vl_v2"
+
+
+@dataclass(frozen=True, slots=True)
+class TextModelConfig:
+    """A checkpoint that reads and writes text only: Qwen3, Qwen3-MoE, Llama."""
+
+    decoder: DecoderConfig
+    torch_dtype: DType = "bfloat16"
+    model_type: str = "qwen3"

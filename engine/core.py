@@ -55,7 +55,7 @@ class Engine:
         self.batches = BatchBuilder(
             config.max_batch_tokens, config.max_num_seqs, max_blocks, config.block_size, self.runner.image_rows
         )
-        self.sampler = Sampler()
+        self.sampler = Sampler(count_tokens(tokenizer, decoder.eos_token_ids))
         self.inputs = InputBuilder(
             decoder.vocab_size,
             tokenizer,
@@ -169,25 +169,40 @@ def resolve_max_model_len(config: EngineConfig, max_position_embeddings: int) ->
     return config.max_model_len
 
 
+def count_tokens(tokenizer: Tokenizer | None, eos_token_ids: tuple[int, ...]) -> int | None:
+    """Ids below this may be chosen; None = all. Tables are padded: Qwen3 has 151,936 rows for 151,669 tokens."""
+    return None if tokenizer is None else max(tokenizer.vocab_size, *(id_ + 1 for id_ in eos_token_ids), 1)
+
+
 def build_engine(config: EngineConfig) -> Engine:
     """Load a model and make an engine of it: the one place where files, ops, network and runtime meet.
 
     Raises ConfigError, WeightsError or UnsupportedError, each naming the option, key or tensor.
     """
     from .loading.checkpoint import open_checkpoint
-    from .loading.hub import resolve_model
-    from .loading.model_config import read_model_config
-    from .models.registry import model_class
+    from .loading.presets import find_description
+    from .loading.random_weights import RandomWeights
+    from .models.registry import class_of
     from .ops.registry import as_ops, resolve_ops
     from .text.tokenizer import Tokenizer
 
     config = config.resolve()
-    folder = resolve_model(config.model)
-    with open_checkpoint(folder) as checkpoint:
-        model_config = read_model_config(checkpoint.config)
-        dtype = DTYPES[model_config.torch_dtype if config.dtype == "auto" else config.dtype]
-        network = model_class(model_config.model_type, checkpoint.config.get("architectures") or ())
-        ops = resolve_ops(config.backend, network.op_cases(model_config, dtype), config.num_threads)
-        model = network.load(checkpoint, model_config, dtype, as_ops(ops))
-    tokenizer = Tokenizer(folder) if (folder / "tokenizer.json").is_file() else None
-    return Engine(config, model, dtype, tokenizer, closeables=(ops,))
+    random_seed = None if config.random_weights is False else int(config.random_weights)
+    description = find_description(config.model, random_weights=random_seed is not None)
+    network = class_of(description.config)
+    model_config = network.read_config(description.config, description.generation)
+    dtype = DTYPES[model_config.torch_dtype if config.dtype == "auto" else config.dtype]
+    folder = description.folder
+    tokenizer = Tokenizer(folder) if folder and (folder / "tokenizer.json").is_file() else None
+    ops = resolve_ops(config.backend, network.op_cases(model_config, dtype), config.num_threads)
+    try:
+        if random_seed is not None or folder is None:
+            weights = RandomWeights(network.weight_specs(model_config), dtype, random_seed or 0)
+            model = network.load(weights, model_config, dtype, as_ops(ops))
+        else:
+            with open_checkpoint(folder) as checkpoint:
+                model = network.load(checkpoint, model_config, dtype, as_ops(ops))
+        return Engine(config, model, dtype, tokenizer, closeables=(ops,))
+    except BaseException:
+        ops.close()
+        raise

@@ -144,9 +144,9 @@ class InputBuilder:
             raise PromptError("this model's folder has no tokenizer.json, so a prompt must be a list of token ids")
         if not content:
             raise PromptError("the prompt is empty; give at least one token")
-        start = [] if self.bos_token_id is None else [self.bos_token_id]
         if self.processor is None:
-            return [start + self.tokenizer.encode(content, parse_special=True)]
+            return [[*self.tokenizer.prefix_ids, *self.tokenizer.encode(content, parse_special=True)]]
+        start = [] if self.bos_token_id is None else [self.bos_token_id]
         # The published template "plain": white space at both ends goes, each piece between images is encoded alone.
         pieces = [
             self.tokenizer.encode(piece, parse_special=True) if piece else []

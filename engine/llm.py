@@ -135,6 +135,8 @@ class LLM:
     max_num_seqs      most requests decoded together
     max_batch_tokens  most tokens in one pass; longer prompts are cut into chunks
     kv_cache_bytes    None = room for max_num_seqs requests, at most 1 GiB
+    random_weights    True or a seed: `model` is a preset's name ("qwen3-0.6b") or a folder of which only config.json is
+                      read, and the weights are noise
     Raises ConfigError naming an unknown option or a bad value; WeightsError; UnsupportedError.
     """
 
@@ -152,6 +154,7 @@ class LLM:
         kv_cache_bytes: int | None = None,
         block_size: int = 16,
         check_blocks: bool = False,
+        random_weights: bool | int = False,
         **unknown: Any,
     ) -> None:
         if unknown:
@@ -170,6 +173,7 @@ class LLM:
             "kv_cache_bytes": kv_cache_bytes,
             "block_size": block_size,
             "check_blocks": check_blocks,
+            "random_weights": random_weights,
         }
         self._start(build_engine(EngineConfig(**options).resolve()))
 

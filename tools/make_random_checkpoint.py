@@ -28,71 +28,17 @@ from pagelens.config import ClipConfig, DeepseekOcrConfig, SamConfig
 from pagelens.errors import ConfigError
 from pagelens.loading.checkpoint import read_config
 from pagelens.loading.model_config import read_model_config
+from pagelens.loading.presets import DEEPSEEK_OCR, FIRST_OCR_TOKEN
+from pagelens.loading.random_weights import spread_of
 
 WEIGHTS_FILE = "model-00001-of-000001.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 CHUNK_ELEMENTS = 2**24
 DTYPES = {"bfloat16": (torch.bfloat16, "BF16"), "float16": (torch.float16, "F16"), "float32": (torch.float32, "F32")}
 
-LANGUAGE = {
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "first_k_dense_replace": 1,
-    "hidden_size": 1280,
-    "intermediate_size": 6848,
-    "kv_lora_rank": None,
-    "lm_head": True,
-    "max_position_embeddings": 8192,
-    "moe_intermediate_size": 896,
-    "n_group": 1,
-    "n_routed_experts": 64,
-    "n_shared_experts": 2,
-    "num_attention_heads": 10,
-    "num_experts_per_tok": 6,
-    "num_hidden_layers": 12,
-    "num_key_value_heads": 10,
-    "q_lora_rank": None,
-    "qk_nope_head_dim": 0,
-    "qk_rope_head_dim": 0,
-    "rm_head": False,
-    "topk_group": 1,
-    "topk_method": "greedy",
-    "use_mla": False,
-    "v_head_dim": 0,
-    "vocab_size": 129280,
-}
-# The settings of deepseek-ai/DeepSeek-OCR, language settings twice as there; `auto_map` (remote code) is left out.
-DEEPSEEK_OCR: dict[str, Any] = {
-    **LANGUAGE,
-    "architectures": ["DeepseekOCRForCausalLM"],
-    "candidate_resolutions": [[1024, 1024]],
-    "global_view_pos": "head",
-    "language_config": {"architectures": ["DeepseekV2ForCausalLM"], "torch_dtype": "bfloat16", **LANGUAGE},
-    "model_type": "deepseek_vl_v2",
-    "projector_config": {"input_dim": 2048, "model_type": "mlp_projector", "n_embed": 1280, "projector_type": "linear"},
-    "tile_tag": "2D",
-    "torch_dtype": "bfloat16",
-    "vision_config": {
-        "image_size": 1024,
-        "mlp_ratio": 3.7362,
-        "model_name": "deeplip_b_l",
-        "model_type": "vision",
-        "width": {
-            "clip-l-14-224": {"heads": 16, "image_size": 224, "layers": 24, "patch_size": 14, "width": 1024},
-            "sam_vit_b": {
-                "downsample_channels": [512, 1024],
-                "global_attn_indexes": [2, 5, 8, 11],
-                "heads": 12,
-                "layers": 12,
-                "width": 768,
-            },
-        },
-    },
-}
 PRESETS = {"deepseek-ocr": DEEPSEEK_OCR}
 
-# DeepSeek-OCR's own tokens, in the order of their ids: the first is 128815.
-FIRST_OCR_TOKEN = 128815
+# DeepSeek-OCR's own tokens, in the order of their ids: the first is FIRST_OCR_TOKEN.
 OCR_TOKENS = (
     "<image>", "<|ref|>", "<|/ref|>", "<|det|>", "<|/det|>", "<|grounding|>",
     "<td>", "</td>", "<tr>", "</tr>", "<|User|>", "<|Assistant|>",
@@ -199,19 +145,9 @@ def total_bytes(shapes: Shapes, bytes_per_value: int) -> int:
 
 
 def random_chunks(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Iterator[torch.Tensor]:
-    """Values of one tensor in float32, in order, as flat pieces of at most CHUNK_ELEMENTS.
-
-    Norm weights are 1 and weight matrices have a standard deviation of 1/sqrt(inputs), so that activations keep their
-    size through any depth; biases and learned vectors and tables are small.
-    """
+    """Values of one tensor in float32, in order, as flat pieces of at most CHUNK_ELEMENTS (see spread_of)."""
     count = math.prod(shape)
-    is_table = any(part in name for part in ("pos_embed", "rel_pos_", "position_embedding", "embed_tokens"))
-    if len(shape) == 1 and name.endswith(".weight"):
-        std = None
-    elif len(shape) == 1 or is_table:
-        std = 0.02
-    else:
-        std = 1 / math.sqrt(math.prod(shape[1:]))
+    std = spread_of(name, shape)
     for start in range(0, count, CHUNK_ELEMENTS):
         size = min(CHUNK_ELEMENTS, count - start)
         yield torch.ones(size) if std is None else torch.randn(size, generator=generator).mul_(std)

@@ -123,6 +123,16 @@ def read_config(folder: Path) -> dict[str, Any]:
     return read_json_object(folder / "config.json", MAX_CONFIG_BYTES, fail)
 
 
+def read_generation_config(folder: Path) -> dict[str, Any]:
+    """The object in the folder's generation_config.json, {} if there is no such file. Raises ConfigError if damaged."""
+
+    def fail(reason: str) -> NoReturn:
+        raise ConfigError(f"{folder.name}/generation_config.json: {reason}")
+
+    path = folder / "generation_config.json"
+    return read_json_object(path, MAX_CONFIG_BYTES, fail) if path.exists() else {}
+
+
 def _read_weight_map(folder: Path) -> dict[str, str]:
     def fail(reason: str) -> NoReturn:
         raise WeightsError(f"{INDEX_FILE}: {reason}")

@@ -7,9 +7,13 @@ import math
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
+from ..config import DType
 from ..errors import ConfigError
 
 logger = logging.getLogger(__name__)
+
+# Above any width, vocabulary or number of heads; a larger value is a damaged file, not a model.
+MAX_SIZE = 2**20
 
 # A type, or a one-element tuple of one: (int,) is a list of integers, returned as a tuple.
 Kind = type | tuple[type]
@@ -76,6 +80,12 @@ class ConfigReader:
         kind: Kind = (int,) if isinstance(self._find(key), list) else int
         value = self.get(key, kind, (), low=0, high=vocab_size - 1)
         return value if isinstance(value, tuple) else (value,)
+
+    def get_dtype(self) -> DType:
+        """The dtype to run in when the user leaves it open. float16 runs as float32: bfloat16 would lose three bits."""
+        choices = ("bfloat16", "float32", "float16")
+        name = self.get("torch_dtype", str, None, only=choices) or self.get("dtype", str, "bfloat16", only=choices)
+        return "bfloat16" if name == "bfloat16" else "float32"
 
     def section(self, key: str, fallback: ConfigReader | None = None) -> ConfigReader:
         """A reader of the object under `key`; an absent one reads as empty."""

@@ -13,20 +13,18 @@ from ..config import (
     ClipConfig,
     DecoderConfig,
     DeepseekOcrConfig,
-    DType,
     MoeConfig,
     ProcessorConfig,
     SamConfig,
 )
 from ..errors import ConfigError
-from .config_reader import ConfigReader
+from .config_reader import MAX_SIZE, ConfigReader
 
 MODEL_TYPE = "deepseek_vl_v2"
 # DeepSeek-VL2 has the same model_type, so the architecture decides.
 ARCHITECTURE = "DeepseekOCRForCausalLM"
 # The encoder turns DOWNSAMPLE x DOWNSAMPLE patches into one vision token (two stride-2 convolutions).
 DOWNSAMPLE = 4
-MAX_SIZE = 2**20
 MAX_TILES = 256
 
 
@@ -47,7 +45,7 @@ def read_model_config(raw: Mapping[str, Any]) -> DeepseekOcrConfig:
     _check_bridge(top.section("projector_config"), sam, clip, decoder)
     processor = _read_processor(top, sam)
     image_token_id = top.get("image_token_id", int, None, low=0, high=decoder.vocab_size - 1)
-    torch_dtype = _read_dtype(top)
+    torch_dtype = top.get_dtype()
     top.log_unread()
     return DeepseekOcrConfig(
         sam=sam,
@@ -249,10 +247,3 @@ def _read_processor(top: ConfigReader, sam: SamConfig) -> ProcessorConfig:
         prompts=dict(prompts),
         scaled=scaled,
     )
-
-
-def _read_dtype(top: ConfigReader) -> DType:
-    """The dtype to run in when the user leaves it open. float16 runs as float32: bfloat16 would lose three bits."""
-    choices = ("bfloat16", "float32", "float16")
-    name = top.get("torch_dtype", str, None, only=choices) or top.get("dtype", str, "bfloat16", only=choices)
-    return "bfloat16" if name == "bfloat16" else "float32"

@@ -8,16 +8,31 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from ..errors import WeightsError
-from .checkpoint import Checkpoint
 from .strict_json import shown
 
 FLOAT_DTYPES = ("BF16", "F16", "F32")
 MAX_LISTED = 10
+
+
+class TensorSource(Protocol):
+    """Tensors by name: a Checkpoint, or RandomWeights."""
+
+    def names(self) -> list[str]: ...
+    def shape(self, name: str) -> tuple[int, ...]: ...
+    def dtype(self, name: str) -> str:
+        """Its name in a safetensors file, such as "BF16"."""
+
+    def tensor(self, name: str) -> Tensor:
+        """The values; the caller must not write to them."""
+
+    def release(self, name: str) -> None:
+        """The values are not needed for now; they can still be asked for again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +56,7 @@ class WeightSpec:
 
 
 def load_weights(
-    checkpoint: Checkpoint,
+    checkpoint: TensorSource,
     specs: Sequence[WeightSpec],
     unused: Iterable[str],
     dtype: torch.dtype,
@@ -66,7 +81,7 @@ def load_weights(
             checkpoint.release(source)
 
 
-def check_weights(checkpoint: Checkpoint, specs: Sequence[WeightSpec], unused: Iterable[str]) -> None:
+def check_weights(checkpoint: TensorSource, specs: Sequence[WeightSpec], unused: Iterable[str]) -> None:
     """Compare names, shapes and dtypes of a checkpoint with what a model declares; raises WeightsError listing all."""
     wanted = {name: shape for spec in specs for name, shape in zip(spec.sources, spec.shapes, strict=True)}
     present = set(checkpoint.names())

@@ -16,14 +16,18 @@ from ..config import DecoderConfig, MoeConfig
 from ..errors import ShapeError
 from ..ops import OpCase, Ops, RopeTable
 from ..types import ForwardBatch, KVCacheView
+from .rope import rope_table
 from .weight_map import Part, fused_linear_part, linear_part, part, swiglu_shapes, tensor_part
 from .workspace import Workspace
 
 Stages = Callable[[str, Tensor], None]
 
 
-def decoder_parts(config: DecoderConfig, prefix: str = "model") -> list[Part]:
-    """The decoder's weight map; `prefix` is what stands before `.layers` (lm_head has none)."""
+def decoder_parts(config: DecoderConfig, prefix: str = "model", stacked_experts: bool = False) -> list[Part]:
+    """The decoder's weight map; `prefix` is what stands before `.layers` (lm_head has none).
+
+    stacked_experts  the file holds the experts of a layer as two stacked tensors, not three tensors an expert
+    """
     c, d, vocab = config.hidden_size, config.head_dim, config.vocab_size
     parts = [
         tensor_part("decoder.embed", f"{prefix}.embed_tokens.weight", (vocab, c)),
@@ -45,7 +49,8 @@ def decoder_parts(config: DecoderConfig, prefix: str = "model") -> list[Part]:
             parts.append(tensor_part(f"{to}.q_norm", f"{of}.self_attn.q_norm.weight", (d,)))
             parts.append(tensor_part(f"{to}.k_norm", f"{of}.self_attn.k_norm.weight", (d,)))
         if is_moe(config, i):
-            parts.append(moe_part(f"{to}.ffn", f"{of}.mlp", c, config.moe))
+            make = stacked_moe_part if stacked_experts else moe_part
+            parts.append(make(f"{to}.ffn", f"{of}.mlp", c, config.moe))
         else:
             shapes = swiglu_shapes(f"{of}.mlp", c, config.intermediate_size)
             parts.append(part(f"{to}.ffn", shapes, lambda ops, tensors: ops.pack_swiglu(*tensors)))
@@ -71,6 +76,24 @@ def moe_part(target: str, prefix: str, width: int, moe: MoeConfig | None) -> Par
         shared = ops.pack_swiglu(*tensors[end:]) if len(tensors) > end else None
         experts = tensors[1:end]
         return ops.pack_moe(tensors[0], list(experts[0::3]), list(experts[1::3]), list(experts[2::3]), shared)
+
+    return part(target, shapes, pack)
+
+
+def stacked_moe_part(target: str, prefix: str, width: int, moe: MoeConfig | None) -> Part:
+    """Router and experts of one layer from transformers' stacked tensors: gate rows above up rows, then down."""
+    if moe is None or moe.shared_intermediate_size:
+        raise ShapeError(f"{target}: stacked experts are known without a shared expert only")
+    experts, inner = moe.num_experts, moe.intermediate_size
+    shapes: dict[str, tuple[int, ...]] = {
+        f"{prefix}.gate.weight": (experts, width),
+        f"{prefix}.experts.gate_up_proj": (experts, 2 * inner, width),
+        f"{prefix}.experts.down_proj": (experts, width, inner),
+    }
+
+    def pack(ops: Ops, tensors: Sequence[Tensor]) -> Any:
+        router, gate_up, down = tensors
+        return ops.pack_moe(router, list(gate_up[:, :inner]), list(gate_up[:, inner:]), list(down), None)
 
     return part(target, shapes, pack)
 
@@ -173,7 +196,7 @@ class Decoder:
         self._norm: Tensor = packed["decoder.norm"]
         self._lm_head = ops.pack_linear(self._embed) if config.tie_word_embeddings else packed["decoder.lm_head"]
         self._layers = [DecoderLayer(config, i, packed, ops) for i in range(config.num_layers)]
-        self._rope = RopeTable.build(config.max_position_embeddings, config.head_dim, config.rope_theta)
+        self._rope = rope_table(config)
         self._scratch = Workspace(self._embed.device)
 
     @property

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from ..config import DeepseekOcrConfig
 from ..errors import ShapeError
-from ..loading.weights import WeightSpec, load_weights
+from ..loading.model_config import read_model_config
+from ..loading.weights import TensorSource, WeightSpec, load_weights
 from ..ops import OpCase, Ops
 from ..types import ForwardBatch, KVCacheView
 from ..vision.layout import build_rows
@@ -25,7 +26,6 @@ from .sam import SamTower, sam_cases, sam_parts
 from .weight_map import Part, linear_part, pack_parts, tensor_part
 
 if TYPE_CHECKING:
-    from ..loading.checkpoint import Checkpoint
     from ..vision.tiling import TilePlan
 
 Stages = Callable[[str, Tensor], None]
@@ -102,6 +102,11 @@ class DeepseekOcr:
         self.layout: Layout = NewlineLayout(packed["image_newline"], packed["view_separator"])
         self.decoder = Decoder(config.decoder, packed, ops)
 
+    @staticmethod
+    def read_config(raw: Mapping[str, Any], generation: Mapping[str, Any] | None = None) -> DeepseekOcrConfig:
+        """The configuration from config.json's object; generation_config.json adds nothing here."""
+        return read_model_config(raw)
+
     # ---- weights ---------------------------------------------------------------------------------------------------
     @staticmethod
     def parts(config: DeepseekOcrConfig) -> list[Part]:
@@ -128,7 +133,7 @@ class DeepseekOcr:
         return [*cases, *decoder_cases(config.decoder, dtype)]
 
     @classmethod
-    def load(cls, checkpoint: Checkpoint, config: DeepseekOcrConfig, dtype: torch.dtype, ops: Ops) -> DeepseekOcr:
+    def load(cls, checkpoint: TensorSource, config: DeepseekOcrConfig, dtype: torch.dtype, ops: Ops) -> DeepseekOcr:
         """Pack every tensor as it is read. Raises WeightsError listing what does not fit."""
         parts = {p.spec.target: p for p in cls.parts(config)}
         packed: dict[str, Any] = {}

@@ -53,17 +53,28 @@ class OpCase:
 
 @dataclass(frozen=True, slots=True)
 class RopeTable:
-    """cos, sin: [P, D/2] float32, row p = cos/sin(p * theta^(-2i/D)), angles computed in float64."""
+    """cos, sin: [P, D/2] float32, row p = scale * cos/sin(p * frequency_i), angles computed in float64."""
 
     cos: Tensor
     sin: Tensor
 
     @classmethod
     def build(cls, num_positions: int, head_dim: int, theta: float) -> RopeTable:
-        """The table for positions 0 .. num_positions-1. head_dim is even."""
+        """The table for positions 0 .. num_positions-1 and frequencies theta^(-2i/D). head_dim is even."""
         exponents = torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim
-        angles = torch.outer(torch.arange(num_positions, dtype=torch.float64), theta**-exponents)
-        return cls(angles.cos().float(), angles.sin().float())
+        return cls.from_frequencies(num_positions, theta**-exponents)
+
+    @classmethod
+    def from_frequencies(cls, num_positions: int, frequencies: Tensor, scale: float = 1.0) -> RopeTable:
+        """The table of any frequencies [D/2] float64, cos and sin multiplied by `scale`."""
+        cos, sin = (torch.empty(num_positions, frequencies.shape[0]) for _ in range(2))
+        # In pieces: the float64 angles of 256k positions would take several times the table's own memory.
+        for first in range(0, num_positions, 8192):
+            last = min(first + 8192, num_positions)
+            angles = torch.outer(torch.arange(first, last, dtype=torch.float64), frequencies)
+            cos[first:last] = angles.cos() * scale
+            sin[first:last] = angles.sin() * scale
+        return cls(cos, sin)
 
 
 @dataclass(frozen=True, slots=True)

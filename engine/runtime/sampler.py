@@ -72,11 +72,20 @@ class SequenceSampler:
 
 
 class Sampler:
-    """Chooses for all rows of a pass."""
+    """Chooses for all rows of a pass.
+
+    num_tokens  logits from here on belong to padding rows of the vocabulary: they become -inf before anything else, so
+                that no such id is chosen, ranked or counted in a log probability; None = there is no padding
+    """
+
+    def __init__(self, num_tokens: int | None = None) -> None:
+        self._num_tokens = num_tokens
 
     def sample(self, logits: Tensor, samplers: list[SequenceSampler]) -> list[Sampled]:
-        """logits [L, V] float32, one row a sampler. Rows of sequences with processors are changed in place."""
+        """logits [L, V] float32, one row a sampler; they are changed in place."""
         rows = logits.numpy()
+        if self._num_tokens is not None:
+            rows[:, self._num_tokens :] = -np.inf
         return [sampler.choose(row) for sampler, row in zip(samplers, rows, strict=True)]
 
 

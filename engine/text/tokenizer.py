@@ -109,6 +109,13 @@ class Tokenizer:
         return max(vocab.values(), default=-1) + 1
 
     @functools.cached_property
+    def prefix_ids(self) -> list[int]:
+        """What tokenizer.json's post-processor puts before every text: a begin token for Llama 3, nothing for Qwen3."""
+        plain = self.encode("a", parse_special=True)
+        ids: list[int] = self._full.encode("a").ids
+        return next((ids[:i] for i in range(len(ids)) if ids[i : i + len(plain)] == plain), [])
+
+    @functools.cached_property
     def _plain(self) -> tokenizers.Tokenizer:
         """The same model without its added tokens, so that nothing in a text can become one.
 

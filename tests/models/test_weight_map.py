@@ -21,6 +21,7 @@ from pagelens.config import (
 from pagelens.errors import ConfigError, WeightsError
 from pagelens.loading.checkpoint import open_checkpoint
 from pagelens.models.deepseek_ocr import DeepseekOcr
+from pagelens.models.qwen3 import TextModel
 from pagelens.models.registry import MODELS, model_class
 from pagelens.ops.registry import as_ops, resolve_ops
 
@@ -123,6 +124,6 @@ def test_models_are_found_by_architecture() -> None:
     # DeepSeek-VL2 shares DeepSeek-OCR's model_type and is another network.
     with pytest.raises(ConfigError, match=r"DeepseekVLV2ForCausalLM.*known: .*DeepseekOCRForCausalLM"):
         model_class("deepseek_vl_v2", ["DeepseekVLV2ForCausalLM"])
-    with pytest.raises(ConfigError, match="'llama' is not implemented"):
-        model_class("llama")
-    assert set(MODELS.values()) == {DeepseekOcr}
+    with pytest.raises(ConfigError, match="'gpt2' is not implemented"):
+        model_class("gpt2")
+    assert set(MODELS.values()) == {DeepseekOcr, TextModel}

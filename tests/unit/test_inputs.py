@@ -20,7 +20,9 @@ ROWS = 13  # 3x3 features of a 192 px view, three newlines, one separator
 
 
 class LetterTokenizer:
-    """One token a letter, from 10 on, and "<x>" as the special token 5."""
+    """One token a letter, from 10 on, and "<x>" as the special token 5; a text model's prompts begin with 8, 9."""
+
+    prefix_ids = (8, 9)
 
     def encode(self, text: str, parse_special: bool) -> list[int]:
         assert parse_special
@@ -88,7 +90,7 @@ def test_tiles_and_max_crops_change_the_count() -> None:
 
 
 def test_a_text_model_has_no_template() -> None:
-    assert build(" a<image> ", processor=None, bos_token_id=None).token_ids == letters(" a<image> ")
+    assert build(" a<image> ", processor=None, bos_token_id=None).token_ids == [8, 9, *letters(" a<image> ")]
 
 
 def test_views_are_made_now_or_later_and_handed_out_once(tmp_path: Any) -> None:

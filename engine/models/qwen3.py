@@ -1,0 +1,91 @@
+"""Text models that are a decoder and nothing else: Qwen3, Qwen3-MoE and Llama.
+
+The three differ by data alone (TextModelConfig: QK-norm, experts, tied embeddings, rotary table); the network is
+decoder.py. Source: qwen3.md sections 2 and 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config import TextModelConfig
+from ..loading.qwen3_config import read_text_config
+from ..loading.weights import TensorSource, WeightSpec, load_weights
+from ..ops import OpCase, Ops
+from ..types import ForwardBatch, KVCacheView
+from .decoder import Decoder, decoder_cases, decoder_parts
+from .weight_map import Part, pack_parts
+
+Stages = Callable[[str, Tensor], None]
+STACKED_EXPERTS = ".mlp.experts.gate_up_proj"
+
+
+class TextModel:
+    """The whole network. Not re-entrant: one call at a time."""
+
+    def __init__(self, config: TextModelConfig, packed: Mapping[str, Any], dtype: torch.dtype, ops: Ops) -> None:
+        self.config, self.dtype, self.ops = config, dtype, ops
+        self.decoder = Decoder(config.decoder, packed, ops)
+
+    @staticmethod
+    def read_config(raw: Mapping[str, Any], generation: Mapping[str, Any] | None = None) -> TextModelConfig:
+        """The configuration from the objects in config.json and generation_config.json."""
+        return read_text_config(raw, generation)
+
+    # ---- weights ---------------------------------------------------------------------------------------------------
+    @staticmethod
+    def parts(config: TextModelConfig, stacked_experts: bool = False) -> list[Part]:
+        """The weight map of this configuration; experts one by one, or stacked as transformers 5 holds them."""
+        return decoder_parts(config.decoder, stacked_experts=stacked_experts)
+
+    @classmethod
+    def weight_specs(cls, config: TextModelConfig, stacked_experts: bool = False) -> list[WeightSpec]:
+        """Every checkpoint tensor that is used, with its shape; `unused` names those that may be there and are not."""
+        return [p.spec for p in cls.parts(config, stacked_experts)]
+
+    @staticmethod
+    def unused(config: TextModelConfig) -> list[str]:
+        """A copy of the tied head, and the rotary frequencies that old converters stored."""
+        layers = range(config.decoder.num_layers)
+        names = ["model.rotary_emb.inv_freq", *(f"model.layers.{i}.self_attn.rotary_emb.inv_freq" for i in layers)]
+        return ["lm_head.weight", *names] if config.decoder.tie_word_embeddings else names
+
+    @staticmethod
+    def op_cases(config: TextModelConfig, dtype: torch.dtype) -> list[OpCase]:
+        """What this configuration asks of the ops, for registry.resolve_ops."""
+        return decoder_cases(config.decoder, dtype)
+
+    @classmethod
+    def load(cls, checkpoint: TensorSource, config: TextModelConfig, dtype: torch.dtype, ops: Ops) -> TextModel:
+        """Pack every tensor as it is read. Raises WeightsError listing what does not fit."""
+        parts = {p.spec.target: p for p in cls.parts(config, _is_stacked(checkpoint.names()))}
+        packed: dict[str, Any] = {}
+
+        def consume(spec: WeightSpec, tensors: list[Tensor]) -> None:
+            packed[spec.target] = parts[spec.target].pack(ops, tensors)
+
+        load_weights(checkpoint, [p.spec for p in parts.values()], cls.unused(config), dtype, consume)
+        return cls(config, packed, dtype, ops)
+
+    @classmethod
+    def from_tensors(
+        cls, config: TextModelConfig, tensors: Mapping[str, Tensor], dtype: torch.dtype, ops: Ops
+    ) -> TextModel:
+        """The same from tensors in memory, by checkpoint name. Raises WeightsError listing what does not fit."""
+        unused = set(cls.unused(config))
+        used = {name: tensor for name, tensor in tensors.items() if name not in unused}
+        parts = cls.parts(config, _is_stacked(used))
+        return cls(config, pack_parts(parts, used, dtype, ops), dtype, ops)
+
+    # ---- forward ---------------------------------------------------------------------------------------------------
+    def forward(self, batch: ForwardBatch, kv: KVCacheView, stages: Stages | None = None) -> Tensor:
+        """Logits [L, V] float32 of batch.logit_rows; see Decoder.forward."""
+        return self.decoder.forward(batch, kv, stages)
+
+
+def _is_stacked(names: Collection[str]) -> bool:
+    return any(name.endswith(STACKED_EXPERTS) for name in names)
