@@ -65,7 +65,13 @@ PAGELENS_INLINE void put(bf16* p, float x) { *p = narrow(x); }
 
 // ---- a vector
 PAGELENS_INLINE vf load(const float* p) { return load_as<vf>(p); }
-PAGELENS_INLINE vf load(const bf16* p) { return (vf)(__builtin_convertvector(load_as<vh>(p), vu) << 16); }
+PAGELENS_INLINE vf load(const bf16* p) {
+#if defined(PAGELENS_ISA_AVX512) || defined(PAGELENS_ISA_AVX512_BF16)
+  return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(load_as<__m256i>(p)), 16);  // GCC 12 converts in two halves
+#else
+  return (vf)(__builtin_convertvector(load_as<vh>(p), vu) << 16);
+#endif
+}
 PAGELENS_INLINE void store(float* p, vf x) { std::memcpy(p, &x, sizeof x); }
 // Round to nearest, ties to even; a NaN stays one (adding the rounding term could turn it into a zero).
 PAGELENS_INLINE void store(bf16* p, vf x) {
@@ -91,12 +97,45 @@ PAGELENS_INLINE vf fma(vf a, vf b, vf c) {
 PAGELENS_INLINE vf at_least(vf x, float limit) { return x < limit ? splat(limit) : x; }
 PAGELENS_INLINE vf at_most(vf x, float limit) { return x > limit ? splat(limit) : x; }
 
-// Sum of the lanes, as a tree: the order is fixed.
+// ---- across the lanes, in a fixed order
+typedef float v4 __attribute__((vector_size(16)));
+
+PAGELENS_INLINE v4 fold(vf x) {  // lanes i, i+4, i+8, ... added
+#if defined(PAGELENS_ISA_AVX512) || defined(PAGELENS_ISA_AVX512_BF16)
+  const __m256 half = _mm512_castps512_ps256((__m512)x) + _mm512_extractf32x8_ps((__m512)x, 1);
+  return (v4)(_mm256_castps256_ps128(half) + _mm256_extractf128_ps(half, 1));
+#elif defined(PAGELENS_ISA_AVX2)
+  return (v4)(_mm256_castps256_ps128((__m256)x) + _mm256_extractf128_ps((__m256)x, 1));
+#else
+  return x;
+#endif
+}
+
+// Sums of four vectors: result lane i is the sum of x[i]; each is ((0 + 1) + (2 + 3)) of its folded lanes.
+PAGELENS_INLINE v4 sum_each(const vf (&x)[4]) {
+  v4 r[4] = {fold(x[0]), fold(x[1]), fold(x[2]), fold(x[3])};
+#if defined(__x86_64__)
+  __m128 a = (__m128)r[0], b = (__m128)r[1], c = (__m128)r[2], d = (__m128)r[3];
+  _MM_TRANSPOSE4_PS(a, b, c, d);
+  return (v4)((a + b) + (c + d));
+#else
+  v4 y;
+  for (int i = 0; i < 4; i++) y[i] = (r[i][0] + r[i][1]) + (r[i][2] + r[i][3]);
+  return y;
+#endif
+}
+
 PAGELENS_INLINE float sum_lanes(vf x) {
+  const v4 r = fold(x);
+  return (r[0] + r[1]) + (r[2] + r[3]);
+}
+
+PAGELENS_INLINE vf larger(vf a, vf b) { return a > b ? a : b; }  // b if one is NaN
+PAGELENS_INLINE float largest_lane(vf x) {
   float lane[W];
   std::memcpy(lane, &x, sizeof x);
   for (int half = W / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; i++) lane[i] += lane[i + half];
+    for (int i = 0; i < half; i++) lane[i] = lane[i] > lane[i + half] ? lane[i] : lane[i + half];
   return lane[0];
 }
 

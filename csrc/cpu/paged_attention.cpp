@@ -3,6 +3,8 @@
 // An item is (sequence, up to 32 query rows, one key/value head with its group of query heads). Keys go by in ascending
 // blocks of 32 positions, counted from the start of the sequence, with a running softmax. Whatever the chunk, the batch
 // or the thread, one query row does exactly the same arithmetic; its keys above its own position are never touched.
+#include <algorithm>
+
 #include "common/simd.h"
 #include "cpu/parallel.h"
 
@@ -12,7 +14,7 @@ namespace {
 constexpr int64_t kKeys = 32;                // positions a block
 constexpr int64_t kQueries = 32;             // query rows an item
 constexpr int kRowsATime = W == 16 ? 4 : 2;  // rows that share a load of keys or values
-constexpr int kKeysATime = 4;
+constexpr int kKeysATime = 4;                // of sum_each
 constexpr int kVectorsATime = 4;
 
 // Scratch of one thread; head_dim is padded with zeros to whole groups of vectors.
@@ -57,16 +59,19 @@ void dot_keys(const float* q, const float* key, int64_t dim, float scale, float*
         PAGELENS_UNROLL for (int j = 0; j < kKeysATime; j++) c[r][j] = fma(x, k[j], c[r][j]);
       }
     }
-    PAGELENS_UNROLL for (int r = 0; r < R; r++) PAGELENS_UNROLL for (int j = 0; j < kKeysATime; j++)
-        p[r * kKeys + t + j] = sum_lanes(c[r][j]) * scale;
+    PAGELENS_UNROLL for (int r = 0; r < R; r++) {
+      const v4 scores = sum_each(c[r]) * scale;
+      std::memcpy(p + r * kKeys + t, &scores, sizeof scores);
+    }
   }
 }
 
 // The running softmax of one row over keys 0..n-1 of the block: p becomes e^(p - largest), o and sum are rescaled.
 void soften(float* p, int64_t n, float* o, int64_t dim, float* largest, float* total) {
-  float top = *largest;
-  for (int64_t t = 0; t < n; t++) top = p[t] > top ? p[t] : top;
   for (int64_t t = n; t < kKeys; t++) p[t] = -__builtin_inff();
+  vf tops = splat(*largest);
+  for (int64_t t = 0; t < kKeys; t += W) tops = larger(load(p + t), tops);
+  const float top = largest_lane(tops);
   vf added = vf{};
   for (int64_t t = 0; t < kKeys; t += W) {
     const vf e = exp(load(p + t) - top);
@@ -131,14 +136,32 @@ struct Attention {
     }
   }
 
-  void load_keys(const Item& it, const Tile& tile, int64_t start, int64_t count) const {
-    const int32_t* blocks = a.block_tables + it.sequence * a.max_blocks;
+  // f(t, element offset in the cache) for the keys start..start+count of the item's head
+  template <class F>
+  void each_key(const Item& it, int64_t start, int64_t count, F&& f) const {
+    const int32_t* block = a.block_tables + it.sequence * a.max_blocks + start / a.block_size;
+    int64_t offset = start % a.block_size;
     for (int64_t t = 0; t < count; t++) {
-      const int64_t slot = blocks[(start + t) / a.block_size] * a.block_size + (start + t) % a.block_size;
-      const int64_t at = (slot * a.num_kv_heads + it.kv_head) * a.head_dim;
+      f(t, ((*block * a.block_size + offset) * a.num_kv_heads + it.kv_head) * a.head_dim);
+      if (++offset == a.block_size) block++, offset = 0;
+    }
+  }
+
+  void load_keys(const Item& it, const Tile& tile, int64_t start, int64_t count) const {
+    each_key(it, start, count, [&](int64_t t, int64_t at) {
       widen_row(static_cast<const T*>(a.keys) + at, tile.key + t * dim, a.head_dim, dim);
       widen_row(static_cast<const T*>(a.values) + at, tile.value + t * dim, a.head_dim, dim);
-    }
+    });
+  }
+
+  // One head's rows are short runs far apart, which the hardware does not fetch ahead.
+  void prefetch_keys(const Item& it, int64_t start, int64_t count) const {
+    each_key(it, start, count, [&](int64_t, int64_t at) {
+      for (int64_t i = 0; i < a.head_dim; i += static_cast<int64_t>(64 / sizeof(T))) {
+        __builtin_prefetch(static_cast<const T*>(a.keys) + at + i, 0, 2);
+        __builtin_prefetch(static_cast<const T*>(a.values) + at + i, 0, 2);
+      }
+    });
   }
 
   template <int R>
@@ -154,7 +177,8 @@ struct Attention {
     load_queries(it, tile);
     const int64_t last = position(it, it.rows - 1), rows = it.rows * group;
     for (int64_t start = 0; start <= last; start += kKeys) {
-      load_keys(it, tile, start, last - start + 1 < kKeys ? last - start + 1 : kKeys);
+      load_keys(it, tile, start, std::min(last - start + 1, kKeys));
+      if (start + kKeys <= last) prefetch_keys(it, start + kKeys, std::min(last - start - kKeys + 1, kKeys));
       int64_t row = 0;
       while (row < rows) {
         const int64_t n = position(it, row / group) - start + 1;

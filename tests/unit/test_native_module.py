@@ -82,9 +82,11 @@ def test_importing_does_not_read_the_environment() -> None:
     assert run("import pagelens, pagelens._native; print('ok')", "sse9").stdout.split() == ["ok"]
 
 
-def test_reference_still_works_where_native_cannot() -> None:
-    code = "from pagelens.ops.registry import resolve_ops; print(resolve_ops('auto').name)"
-    result = run(code, "sse9")
+def test_a_wrong_choice_is_not_answered_by_another_backend() -> None:
+    result = run("from pagelens.ops.registry import resolve_ops; resolve_ops('auto')", "sse9")
+    assert result.returncode == 1
+    assert "UnsupportedError: PAGELENS_CPU_ISA=sse9 is not an instruction set" in result.stderr
+    result = run("from pagelens.ops.registry import resolve_ops; print(resolve_ops('reference').name)", "sse9")
     assert result.stdout.split() == ["reference"], result.stderr
 
 
