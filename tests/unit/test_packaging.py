@@ -38,10 +38,11 @@ def build(source: Path, target: Path, kind: str) -> Path:
 def built(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("packaging")
     source = source_copy(folder)
-    return {kind: build(source, folder, kind) for kind in ("sdist", "wheel")}
+    return {"source": source, **{kind: build(source, folder, kind) for kind in ("sdist", "wheel")}}
 
 
 def test_the_wheel_has_the_packages_and_nothing_else(built: dict[str, Path]) -> None:
+    source = built["source"]
     assert built["wheel"].stat().st_size <= MAX_WHEEL_BYTES
     names = set(zipfile.ZipFile(built["wheel"]).namelist())
     tops = {name.split("/")[0] for name in names if ".dist-info/" not in name}
@@ -49,11 +50,11 @@ def test_the_wheel_has_the_packages_and_nothing_else(built: dict[str, Path]) -> 
     assert any(name.startswith("pagelens/_native.") and name.endswith((".so", ".pyd")) for name in names)
     assert {"pagelens/__init__.py", "pagelens/kernels/__init__.py", "pagelens/py.typed"} <= names
     for folder, package in (("engine", "pagelens"), ("kernels", "pagelens/kernels")):
-        for path in (ROOT / folder).rglob("*.py"):
-            assert f"{package}/{path.relative_to(ROOT / folder).as_posix()}" in names, path
-    for path in (ROOT / "engine" / "assets").rglob("*"):
+        for path in (source / folder).rglob("*.py"):
+            assert f"{package}/{path.relative_to(source / folder).as_posix()}" in names, path
+    for path in (source / "engine" / "assets").rglob("*"):
         if path.is_file() and path.suffix != ".pyc":
-            assert f"pagelens/{path.relative_to(ROOT / 'engine').as_posix()}" in names, path
+            assert f"pagelens/{path.relative_to(source / 'engine').as_posix()}" in names, path
     assert not [name for name in names if "__pycache__" in name or "csrc" in name or name.endswith(".o")]
 
 
@@ -94,13 +95,14 @@ print(float(NativeOps(1).rms_norm(torch.ones(1, 4), torch.ones(4), 0.0).sum()), 
     assert result.stdout.split() == ["4.0", *_native.compiled_isas()]
 
 
-def test_the_sdist_can_build_itself(built: dict[str, Path], tmp_path: Path) -> None:
-    """Everything the build and the tests read is in it: a source list of what git tracks is compared."""
+def test_the_sdist_can_build_itself(built: dict[str, Path]) -> None:
+    """Everything the build and the tests read is in it."""
+    source = built["source"]
     with tarfile.open(built["sdist"]) as archive:
         names = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
-    for path in (*(ROOT / "csrc").rglob("*"), *(ROOT / "tests").rglob("*.py"), *(ROOT / "engine").rglob("*.py")):
+    for path in (*(source / "csrc").rglob("*"), *(source / "tests").rglob("*.py"), *(source / "engine").rglob("*.py")):
         if path.suffix in (".cpp", ".h", ".py", ".cu"):
-            assert path.relative_to(ROOT).as_posix() in names, path
+            assert path.relative_to(source).as_posix() in names, path
     for name in ("setup.py", "pyproject.toml", "LICENSE", "engine/py.typed", "engine/_native.pyi"):
         assert name in names, name
     assert not [name for name in names if name.endswith((".so", ".o", ".pyc"))]
