@@ -114,6 +114,11 @@ class InputBuilder:
             token_ids += [self._image_id()] * slot.count + piece
         if not token_ids:
             raise PromptError("the prompt is empty; give at least one token")
+        if max(token_ids) >= self.vocab_size:
+            raise PromptError(
+                f"tokenizer.json gives the id {max(token_ids)}, but the model's vocabulary ends at "
+                f"{self.vocab_size - 1}; the file belongs to another model"
+            )
         text = content if isinstance(content, str) else None
         spent = time.perf_counter() - started
         return Request(request_id, text, token_ids, tuple(slots), sampling, spent if slots else 0.0)
@@ -127,14 +132,14 @@ class InputBuilder:
             raise PromptError(f"unknown key {unknown[0]!r} in a prompt; known: {', '.join(PROMPT_KEYS)}")
         if "prompt" not in prompt:
             raise PromptError(f"a prompt given as a mapping needs the key 'prompt'; it has {sorted(prompt)}")
-        images = prompt.get("images") or ()
-        sources = list(images) if isinstance(images, (list, tuple)) else [images]
+        images, mode, max_crops = (prompt.get(key) for key in ("images", "mode", "max_crops"))
+        sources = list(images) if isinstance(images, (list, tuple)) else [] if images is None else [images]
         if self.processor is None:
-            if sources or prompt.get("mode") is not None:
-                raise PromptError("this model reads text only; leave out images and mode")
+            if sources or mode is not None or max_crops is not None:
+                raise PromptError("this model reads text only; leave out images, mode and max_crops")
             return prompt["prompt"], [], None
-        name = prompt.get("mode") or default_mode(self.processor).name
-        return prompt["prompt"], sources, resolve_mode(name, self.processor, prompt.get("max_crops"))
+        name = default_mode(self.processor).name if mode is None else mode
+        return prompt["prompt"], sources, resolve_mode(name, self.processor, max_crops)
 
     def _tokenize(self, content: str | Sequence[int]) -> list[list[int]]:
         """Token ids of the pieces between image marks."""
@@ -189,8 +194,10 @@ class InputBuilder:
         return self.image_token_id
 
     def _check_sampling(self, sampling: SamplingParams) -> None:
-        for token in sampling.stop_token_ids:
-            if not isinstance(token, int) or not 0 <= token < self.vocab_size:
+        if not isinstance(sampling, SamplingParams):
+            raise ConfigError(f"sampling params must be SamplingParams, not {_describe(sampling)}")
+        for token in sampling.stop_token_ids or ():
+            if not 0 <= token < self.vocab_size:
                 raise ConfigError(f"stop_token_ids holds {token!r}, outside the vocabulary 0 to {self.vocab_size - 1}")
         if sampling.stop and self.tokenizer is None:
             raise ConfigError("stop strings need a tokenizer.json in the model's folder; use stop_token_ids")

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from .config import ProcessorConfig
 from .documents.page import MarkdownStream, Page, Usage, build_page
-from .errors import PromptError
+from .errors import ConfigError, PromptError
 from .llm import LLM, RequestHandle
 from .types import NgramGuard, RequestOutput, SamplingParams
 from .vision.images import load_image
@@ -148,8 +148,10 @@ class Reader:
         if max_crops is not None:
             chosen = resolve_mode(chosen.name, self.processor, max_crops)
         text = default_prompt(self.processor)
-        if prompt is not None:
+        if isinstance(prompt, str):
             text = with_image_mark(self.processor.prompts.get(prompt, prompt))
+        elif prompt is not None:
+            raise PromptError(f"the prompt must be a string, not {type(prompt).__name__}")
         started = time.perf_counter()
         pixels = load_image(image, composite_alpha=composite_alpha)
         load_s = time.perf_counter() - started
@@ -196,4 +198,6 @@ class Reader:
 def with_guard(sampling: SamplingParams | None) -> SamplingParams:
     """The sampling to use for a page: greedy by default, and the n-gram guard on unless it was set."""
     sampling = SamplingParams() if sampling is None else sampling
+    if not isinstance(sampling, SamplingParams):
+        raise ConfigError(f"sampling must be SamplingParams, not {type(sampling).__name__}")
     return replace(sampling, ngram_guard=NgramGuard()) if sampling.ngram_guard is None else sampling

@@ -6,9 +6,10 @@ batch, S sequences, H query heads, K key/value heads, D head size, C hidden size
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any
+from numbers import Integral, Real
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from .errors import ConfigError
 
@@ -16,6 +17,52 @@ if TYPE_CHECKING:
     import torch
 
 FINISH_REASONS = ("stop", "length", "repetition", "abort")
+
+
+def _refuse(where: str, rule: str, value: object) -> NoReturn:
+    raise ConfigError(f"{where} must be {rule}, got {value!r}")
+
+
+def _real(where: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        _refuse(where, "a number", value)
+    return float(value)
+
+
+def _integer(where: str, value: Any) -> int:
+    """numpy's integers count; bools and 1.0 do not."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        _refuse(where, "an integer", value)
+    return int(value)
+
+
+def _optional_integer(where: str, value: Any) -> int | None:
+    return None if value is None else _integer(where, value)
+
+
+def _integers(where: str, value: Any) -> tuple[int, ...]:
+    if value is not None and (isinstance(value, (str, bytes)) or not hasattr(value, "__iter__")):
+        _refuse(where, "a list of integers", value)
+    return () if value is None else tuple(_integer(where, item) for item in value)
+
+
+def _texts(where: str, value: Any) -> tuple[str, ...]:
+    texts = (value,) if isinstance(value, str) else () if value is None else value
+    if not isinstance(texts, (tuple, list)) or not all(isinstance(text, str) and text for text in texts):
+        _refuse(where, "a non-empty string or a list of them", value)
+    return tuple(texts)
+
+
+def _switch(where: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        _refuse(where, "True or False", value)
+    return value
+
+
+def _check_fields(owner: object, checks: Mapping[str, Callable[[str, Any], Any]]) -> None:
+    """Replace fields of a frozen dataclass by plain ints, floats and tuples; ConfigError for another type."""
+    for name, check in checks.items():
+        object.__setattr__(owner, name, check(f"{type(owner).__name__}.{name}", getattr(owner, name)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +78,27 @@ class NgramGuard:
     whitelist: tuple[str, ...] = ("<td>", "</td>")
 
     def __post_init__(self) -> None:
+        _check_fields(self, {"size": _integer, "window": _integer, "whitelist": _texts})
         if self.size < 2 or self.window < self.size:
             raise ConfigError(f"NgramGuard needs 2 <= size <= window, got size={self.size}, window={self.window}")
+
+
+def _guard(where: str, value: Any) -> NgramGuard | bool | None:
+    if value is not None and not isinstance(value, (bool, NgramGuard)):
+        _refuse(where, "None, True, False or an NgramGuard", value)
+    return value
+
+
+_SAMPLING_FIELDS: dict[str, Callable[[str, Any], Any]] = {
+    **dict.fromkeys(("temperature", "top_p", "min_p"), _real),
+    **dict.fromkeys(("repetition_penalty", "presence_penalty", "frequency_penalty"), _real),
+    **dict.fromkeys(("top_k", "min_tokens"), _integer),
+    **dict.fromkeys(("max_tokens", "seed", "logprobs"), _optional_integer),
+    **dict.fromkeys(("ignore_eos", "detect_repetition", "skip_special_tokens"), _switch),
+    "stop": _texts,
+    "stop_token_ids": _integers,
+    "ngram_guard": _guard,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +108,7 @@ class SamplingParams:
     temperature 0 means greedy (lowest id wins ties). `max_tokens` None means: up to the context limit.
     `logprobs` = n returns the n most likely tokens' log probabilities (and the chosen one's) at every step.
     `ngram_guard` None means the default of the caller: on in Reader, off in LLM; False turns it off.
+    Numbers may be numpy's. Raises ConfigError naming the field, its value and what is accepted.
     """
 
     temperature: float = 0.0
@@ -53,8 +120,8 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     max_tokens: int | None = None
     min_tokens: int = 0
-    stop: tuple[str, ...] | list[str] | str = ()
-    stop_token_ids: tuple[int, ...] | list[int] = ()
+    stop: tuple[str, ...] | list[str] | str | None = ()
+    stop_token_ids: tuple[int, ...] | list[int] | None = ()
     ignore_eos: bool = False
     seed: int | None = None
     logprobs: int | None = None
@@ -63,21 +130,19 @@ class SamplingParams:
     skip_special_tokens: bool = False
 
     def __post_init__(self) -> None:
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
-        object.__setattr__(self, "stop", stop)
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        _check_fields(self, _SAMPLING_FIELDS)
         checks = (
             ("temperature", 0.0 <= self.temperature <= 100.0, "between 0 and 100"),
             ("top_p", 0.0 < self.top_p <= 1.0, "above 0 and at most 1"),
-            ("top_k", self.top_k >= 0, "0 (off) or positive"),
+            ("top_k", self.top_k >= -1, "positive, or 0 or -1 (off)"),
             ("min_p", 0.0 <= self.min_p <= 1.0, "between 0 and 1"),
             ("repetition_penalty", 0.0 < self.repetition_penalty <= 100.0, "above 0 and at most 100"),
             ("presence_penalty", -2.0 <= self.presence_penalty <= 2.0, "between -2 and 2"),
             ("frequency_penalty", -2.0 <= self.frequency_penalty <= 2.0, "between -2 and 2"),
             ("max_tokens", self.max_tokens is None or self.max_tokens >= 1, "None or at least 1"),
             ("min_tokens", self.min_tokens >= 0, "0 or more"),
+            ("min_tokens", self.min_tokens <= (self.max_tokens or self.min_tokens), "at most max_tokens"),
             ("logprobs", self.logprobs is None or 0 <= self.logprobs <= 20, "None or between 0 and 20"),
-            ("stop", all(isinstance(s, str) and s for s in stop), "non-empty strings"),
         )
         for name, good, rule in checks:
             if not good:

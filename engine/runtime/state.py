@@ -28,7 +28,7 @@ class RequestState:
         self.params = params
         self.sequence = Sequence(request.request_id, list(request.token_ids), len(request.token_ids), max_new_tokens)
         self._eos_ids = frozenset() if params.ignore_eos else frozenset(eos_token_ids)
-        self._stop_ids = frozenset(params.stop_token_ids)
+        self._stop_ids = frozenset(params.stop_token_ids or ())
         guard = params.ngram_guard if isinstance(params.ngram_guard, NgramGuard) else NgramGuard()
         whitelist = resolve_whitelist(guard, tokenizer)
         end_ids = self._eos_ids | self._stop_ids
@@ -135,4 +135,4 @@ def make_detokenizer(params: SamplingParams, tokenizer: Tokenizer | None) -> Inc
         return None
     from ..text.stream import IncrementalDetokenizer
 
-    return IncrementalDetokenizer(tokenizer, params.stop, params.skip_special_tokens, params.min_tokens)
+    return IncrementalDetokenizer(tokenizer, params.stop or (), params.skip_special_tokens, params.min_tokens)

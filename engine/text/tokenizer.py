@@ -54,9 +54,11 @@ class Tokenizer:
         """
         chosen = self._full if parse_special else self._plain
         try:
-            ids: list[int] = chosen.encode(text, add_special_tokens=False).ids
+            text.encode("utf-8")  # the library only says that a text with lone surrogates is no string
         except UnicodeEncodeError as error:
             raise PromptError(f"text has a lone surrogate at character {error.start}; it is not Unicode") from error
+        try:
+            ids: list[int] = chosen.encode(text, add_special_tokens=False).ids
         except BaseException as error:
             if not _is_panic(error):
                 raise
@@ -101,6 +103,11 @@ class Tokenizer:
     def eos_id(self, text: str = EOS_TEXT) -> int | None:
         """The id of the token that ends every answer, looked up by its text."""
         return self._added_ids.get(text)
+
+    @functools.cached_property
+    def control_tokens(self) -> frozenset[str]:
+        """The texts that `encode` turns into single tokens with parse_special True and not with False."""
+        return frozenset(self._added_ids)
 
     @functools.cached_property
     def vocab_size(self) -> int:

@@ -98,13 +98,14 @@ def resolve_mode(name: str, processor: ProcessorConfig, max_crops: int | None = 
     mode = modes.get(name.lower()) if isinstance(name, str) else None
     if mode is None:
         raise PromptError(f"unknown mode {name!r}; this model has: {', '.join(modes)}")
-    if max_crops is None or mode.tile_size is None:
+    if max_crops is None:
         return mode
-    if isinstance(max_crops, bool) or not isinstance(max_crops, int) or not mode.min_crops <= max_crops <= MAX_TILES:
+    lowest = mode.min_crops if mode.tile_size else 1
+    if isinstance(max_crops, bool) or not isinstance(max_crops, int) or not lowest <= max_crops <= MAX_TILES:
         raise PromptError(
-            f"max_crops={max_crops!r} for mode {mode.name!r} must be an integer from {mode.min_crops} to {MAX_TILES}"
+            f"max_crops={max_crops!r} for mode {mode.name!r} must be an integer from {lowest} to {MAX_TILES}"
         )
-    return replace(mode, max_crops=max_crops)
+    return replace(mode, max_crops=max_crops) if mode.tile_size else mode
 
 
 def default_mode(processor: ProcessorConfig) -> Mode:

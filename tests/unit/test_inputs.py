@@ -129,7 +129,9 @@ def test_views_are_made_now_or_later_and_handed_out_once(tmp_path: Any) -> None:
         ({"text": "a"}, "unknown key 'text' in a prompt; known: prompt, images, mode, max_crops"),
         ({"images": [PAGE]}, "needs the key 'prompt'"),
         ({"prompt": "<image>", "images": [PAGE], "mode": "huge"}, "unknown mode 'huge'; this model has: base, gundam"),
+        ({"prompt": "<image>", "images": [PAGE], "mode": ""}, "unknown mode ''"),
         ({"prompt": "<image>", "images": [PAGE], "mode": "gundam", "max_crops": 1}, "max_crops=1"),
+        ({"prompt": "<image>", "images": [PAGE], "mode": "base", "max_crops": "4"}, "max_crops='4'"),
     ],
 )
 def test_wrong_prompts(prompt: Any, message: str) -> None:
@@ -142,8 +144,23 @@ def test_wrong_images_and_models_that_take_none() -> None:
         build({"prompt": "<image>", "images": [b"not a picture"]})
     with pytest.raises(PromptError, match="reads text only"):
         build({"prompt": "<image>", "images": [PAGE]}, processor=None)
-    with pytest.raises(PromptError, match="reads text only"):
-        build({"prompt": "a", "mode": "base"}, processor=None)
+    for option in ({"mode": "base"}, {"max_crops": 4}):
+        with pytest.raises(PromptError, match="reads text only"):
+            build({"prompt": "a", **option}, processor=None)
+
+
+def test_one_image_array_needs_no_list() -> None:
+    assert build({"prompt": "<image>", "images": PAGE}).num_image_tokens == ROWS
+
+
+def test_a_tokenizer_of_another_model_is_refused_before_an_op_sees_its_ids() -> None:
+    with pytest.raises(PromptError, match=r"tokenizer\.json gives the id 64, but the model's vocabulary ends at 63"):
+        build("a", bos_token_id=64)
+
+
+def test_sampling_params_of_another_type() -> None:
+    with pytest.raises(ConfigError, match="must be SamplingParams, not dict"):
+        build([4], {"max_tokens": 3})  # type: ignore[arg-type]
 
 
 def test_without_a_tokenizer() -> None:

@@ -70,6 +70,9 @@ def test_max_crops() -> None:
     for bad in (1, 0, -3, MAX_TILES + 1, 2.5, True, "6"):
         with pytest.raises(PromptError, match=f"must be an integer from 2 to {MAX_TILES}"):
             resolve_mode("gundam", REAL, bad)  # type: ignore[arg-type]
+    for bad in (0, "6"):
+        with pytest.raises(PromptError, match=f"must be an integer from 1 to {MAX_TILES}"):
+            resolve_mode("base", REAL, bad)  # type: ignore[arg-type]
 
 
 def test_default_mode() -> None:
