@@ -12,6 +12,7 @@ import weakref
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
+from numbers import Integral
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -73,8 +74,9 @@ class RequestHandle:
                 self._is_watched = True
                 while not self._done and self._version == seen:
                     self._changed.wait()
+                is_new = self._version != seen
                 output, seen, done = self._output, self._version, self._done
-            if output is not None:
+            if is_new and output is not None:
                 yield output
             if done:
                 self._finished_output()
@@ -130,7 +132,7 @@ class LLM:
     model             folder or hub id
     dtype             "auto" (the checkpoint's), "float32", "bfloat16"
     backend           "auto", "reference", "native"
-    num_threads       None = the cores this process may use
+    num_threads       of the native kernels; None = one a physical core (torch's own threads are left as they are)
     max_model_len     longest prompt + answer; None = the model's own limit
     max_num_seqs      most requests decoded together
     max_batch_tokens  most tokens in one pass; longer prompts are cut into chunks
@@ -265,10 +267,12 @@ class LLM:
         handles = [RequestHandle(self, request) for request in requests]
         with self._lock:
             self._require_engine()
-            self._arrivals.extend(handles)
             if self._thread is None and handles:
-                self._thread = threading.Thread(target=self._loop, name="pagelens-engine", daemon=True)
-                self._thread.start()
+                # Only a thread that did start may be waited for; it takes the lock first, so it sees the arrivals.
+                thread = threading.Thread(target=self._loop, name="pagelens-engine", daemon=True)
+                thread.start()
+                self._thread = thread
+            self._arrivals.extend(handles)
         return handles
 
     def _cancel(self, handle: RequestHandle) -> None:
@@ -280,22 +284,18 @@ class LLM:
     def _loop(self) -> None:
         """Step until there is nothing to do. Whatever happens, no handle is left waiting."""
         while True:
-            with self._lock:
-                engine = self._engine
-                if engine is None or self._closed_because is not None:
-                    self._thread = None
-                    return
-                self._take_in(engine)
-                if not engine.has_work:
-                    self._thread = None
-                    return
+            engine = self._engine
             try:
-                changed = engine.step()
+                with self._lock:
+                    if engine is not None and self._closed_because is None:
+                        self._take_in(engine)
+                    if engine is None or self._closed_because is not None or not engine.has_work:
+                        self._thread = None
+                        return
+                for state in engine.step():
+                    self._publish(state)
             except BaseException as error:
                 self._recover(engine, error)
-                continue
-            for state in changed:
-                self._publish(state)
 
     def _take_in(self, engine: Engine) -> None:
         """Hand arrivals and cancellations to the engine."""
@@ -318,12 +318,13 @@ class LLM:
         if state.finished:
             del self._handles[state]
 
-    def _recover(self, engine: Engine, cause: BaseException) -> None:
+    def _recover(self, engine: Engine | None, cause: BaseException) -> None:
         """A pass failed: fail what is in flight. The engine goes on unless its blocks are no longer in order."""
         error = EngineError(f"a pass of the engine failed: {type(cause).__name__}: {cause}")
         error.__cause__ = cause
         try:
-            engine.abort_all(error)
+            if engine is not None:
+                engine.abort_all(error)
         except Exception as broken:
             with self._lock:
                 self._closed_because = f"the engine died: {error}; its block table is broken: {broken}"
@@ -336,7 +337,6 @@ class LLM:
                 handles += self._arrivals
                 self._arrivals.clear()
             self._handles.clear()
-            self._cancels.clear()
         for handle in handles:
             handle._fail(error)
 
@@ -386,7 +386,7 @@ def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     """One prompt in any form becomes a list of one; a non-empty list of integers is one prompt."""
     if isinstance(prompts, (str, bytes)) or not isinstance(prompts, Sequence):
         return [prompts]  # type: ignore[list-item]
-    if prompts and all(isinstance(item, int) for item in prompts):
+    if prompts and all(isinstance(item, Integral) for item in prompts):  # numpy's integers too
         return [prompts]  # type: ignore[list-item]
     return list(prompts)  # type: ignore[arg-type]
 
