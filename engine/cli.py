@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -28,8 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except BrokenPipeError:
-        # The reader of our output is gone; keep the interpreter from complaining about it when it flushes at exit.
-        sys.stdout = None  # type: ignore[assignment]
+        # The reader of our output is gone; what is still buffered must not raise again when the interpreter exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_PIPE
 
 
@@ -76,7 +77,7 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="checkpoint folder or hub id; default: the small built-in reader")
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
     parser.add_argument("--backend", default="auto", choices=("auto", "reference", "native"))
-    parser.add_argument("--threads", type=int, help="worker threads; default: the cores this process may use")
+    parser.add_argument("--threads", type=int, help="threads of the native kernels; default: one a physical core")
 
 
 def engine_options(args: argparse.Namespace) -> dict[str, Any]:

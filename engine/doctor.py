@@ -44,11 +44,18 @@ def cpu_model() -> str:
     return platform.processor() or platform.machine()
 
 
-def usable_cores() -> int:
-    """Cores this process may run on (its affinity), which is what num_threads=None uses."""
+def usable_cpus() -> int:
+    """CPUs this process may run on (its affinity); hyperthreads count."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def default_num_threads() -> int:
+    """Threads that the native kernels use where num_threads is None."""
+    from .ops.threads import default_num_threads as count
+
+    return count()
 
 
 def native_facts() -> dict[str, str]:
@@ -79,7 +86,7 @@ def gpu_fact(torch: Any) -> str:
 
 
 def examine(backend: Literal["auto", "reference", "native"] = "auto") -> DoctorReport:
-    """Look at the machine. Raises UnsupportedError if a forced backend cannot run here."""
+    """Look at the machine. Raises UnsupportedError if a forced backend or instruction set cannot run here."""
     import torch
 
     from . import __version__
@@ -101,7 +108,9 @@ def examine(backend: Literal["auto", "reference", "native"] = "auto") -> DoctorR
         machine={
             "system": f"{platform.system()} {platform.release()} {platform.machine()}",
             "cpu": cpu_model(),
-            "cores": f"{usable_cores()} usable of {os.cpu_count()}",
+            "cpus": f"{usable_cpus()} usable of {os.cpu_count()}",
+            "threads": f"{default_num_threads()} for native kernels (one a physical core), {torch.get_num_threads()} "
+            "for torch",
             "memory": f"{memory / 2**30:.1f} GiB" if memory else "unknown",
             **native_facts(),
             "gpu": gpu_fact(torch),

@@ -6,6 +6,7 @@ A bad file never stops the others; the exit status then is 2.
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import sys
 import warnings
@@ -21,13 +22,16 @@ from .types import SamplingParams
 
 PAGES_IN_FLIGHT = 8
 
-Started = tuple[str, "PageStream | None"]
+Started = tuple[str, "PageStream | Exception"]
 
 
 def read_files(args: argparse.Namespace, options: dict[str, Any]) -> int:
     """Read every file of the command line; returns the exit status."""
     # Pillow warns about damaged metadata; a bad file gets our one line and nothing else.
     warnings.filterwarnings("ignore", module="PIL")
+    # A character that stdout's encoding lacks, or a file name that is no Unicode, must not end the run.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     sampling = SamplingParams(max_tokens=args.max_tokens)
     if args.model is None:
         print(f"pagelens: {BUILTIN_NOTE}", file=sys.stderr)
@@ -37,21 +41,22 @@ def read_files(args: argparse.Namespace, options: dict[str, Any]) -> int:
         printed = False
         with progress_bar(args, len(args.files)) as bar:
             for file, stream in started_in_order(reader, args, sampling):
-                if stream is None:
+                try:
+                    if isinstance(stream, Exception):
+                        raise stream
+                    finish_page(file, stream, args, folders, first=not printed)
+                    printed = True
+                except BrokenPipeError:
+                    raise
+                except (PagelensError, OSError) as error:
+                    report_failure(file, error, args)
                     status = EXIT_REFUSED
-                else:
-                    try:
-                        finish_page(file, stream, args, folders, first=not printed)
-                        printed = True
-                    except (PagelensError, OSError) as error:
-                        report_failure(file, error, args)
-                        status = EXIT_REFUSED
                 bar.update(1)
     return status
 
 
 def started_in_order(reader: Reader, args: argparse.Namespace, sampling: SamplingParams) -> Iterator[Started]:
-    """Yield (file, stream) in the order given, keeping up to PAGES_IN_FLIGHT pages started; None for a bad file."""
+    """Yield (file, stream) in the order given, keeping up to PAGES_IN_FLIGHT started; a bad file has its error."""
     ahead: deque[Started] = deque()
     waiting = deque(args.files)
     while waiting or ahead:
@@ -61,16 +66,17 @@ def started_in_order(reader: Reader, args: argparse.Namespace, sampling: Samplin
         yield ahead.popleft()
 
 
-def start_page(reader: Reader, file: str, args: argparse.Namespace, sampling: SamplingParams) -> PageStream | None:
+def start_page(reader: Reader, file: str, args: argparse.Namespace, sampling: SamplingParams) -> PageStream | Exception:
     try:
         return reader.stream(file, args.mode, args.prompt, sampling, args.max_crops)
     except (PagelensError, OSError) as error:
-        report_failure(file, error, args)
-        return None
+        return error
 
 
 def report_failure(file: str, error: Exception, args: argparse.Namespace) -> None:
-    reason = error.strerror or str(error) if isinstance(error, OSError) else str(error)
+    reason = str(error)
+    if isinstance(error, OSError) and error.strerror:
+        reason = error.strerror if error.filename is None else f"{error.strerror}: {error.filename}"
     message = reason if file in reason else f"{file}: {reason}"
     complain(message)
     if args.json:

@@ -11,7 +11,7 @@ import sys
 import time
 from typing import Any
 
-from ..doctor import usable_cores
+from ..doctor import default_num_threads
 from ..errors import ConfigError
 from ..reader import Reader, default_prompt
 from ..types import SamplingParams
@@ -89,7 +89,7 @@ def run(args: argparse.Namespace, options: dict[str, Any]) -> int:
         "seconds": {"load_model": rows[0][1], **seconds},
         "decode_tokens_per_s": decode_rate,
         "peak_bytes": {"load_model": rows[0][2], "page": memory},
-        "threads": options["num_threads"] or usable_cores(),
+        "threads": options["num_threads"] or default_num_threads(),
     }
     print(json.dumps(record))
     sys.stdout.flush()

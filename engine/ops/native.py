@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from .. import _native
-from ..errors import EngineClosedError, ShapeError, UnsupportedError
+from ..errors import ConfigError, EngineClosedError, ShapeError, UnsupportedError
 from . import Activation, OpCase, RopeTable, Routing
 from .packing import DTYPES, NativePacking, PackedLinear, PackedMoe, PackedSwiglu, refuse, vector
-from .threads import default_num_threads
+from .threads import MAX_THREADS, default_num_threads
 
 _ACTIVATIONS = {None: 0, "gelu": 1, "quick_gelu": 2, "silu": 3}
 _NO_MATRIX = (0, 0, 0, 0, 0)
@@ -59,8 +59,9 @@ def _rows(op: str, name: str, x: Tensor) -> Tensor:
 class NativeOps(NativePacking):
     """The ops of IMPLEMENTED, as ops/__init__.py describes them. `num_threads` None: one a physical core.
 
-    Raises UnsupportedError if PAGELENS_CPU_ISA asks for an instruction set that cannot be used here. After
-    `close()`, or in a child process after a fork, every op raises EngineClosedError.
+    Raises UnsupportedError if PAGELENS_CPU_ISA asks for an instruction set that cannot be used here, ConfigError for a
+    number of threads outside 1 to MAX_THREADS.
+    After `close()`, or in a child process after a fork, every op raises EngineClosedError.
     """
 
     name = "native"
@@ -84,6 +85,8 @@ class NativeOps(NativePacking):
             self.isa: str = _native.isa()
         except ValueError as error:
             raise UnsupportedError(str(error)) from None
+        if num_threads is not None and not 1 <= num_threads <= MAX_THREADS:
+            raise ConfigError(f"num_threads={num_threads} must be between 1 and {MAX_THREADS}")
         self._pool = _native.ThreadPool(default_num_threads() if num_threads is None else num_threads)
 
     @property

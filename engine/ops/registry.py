@@ -73,15 +73,15 @@ class OpsTable:
 
 
 def _load_native(num_threads: int | None) -> tuple[_NativeBackend | None, str]:
-    """The native backend, or None and the sentence that says why it is not there."""
+    """The native backend, or None and the sentence that says why it is not there.
+
+    A wrong PAGELENS_CPU_ISA is no reason to fall back: the UnsupportedError is passed on.
+    """
     try:
         from .native import NativeOps
     except ImportError as error:
         return None, f"the native extension is not built ({error}); run `pip install -e .`"
-    try:
-        return cast(_NativeBackend, NativeOps(num_threads)), ""
-    except UnsupportedError as error:
-        return None, str(error)
+    return cast(_NativeBackend, NativeOps(num_threads)), ""
 
 
 def _refusals(native: _NativeBackend | None, missing: str, cases: Iterable[OpCase]) -> dict[str, str]:
@@ -107,7 +107,8 @@ def resolve_ops(backend: Backend, cases: Sequence[OpCase] = (), num_threads: int
     """The table of chosen implementations for a model that will ask `cases`.
 
     num_threads  size of native's pool; None = the machine's physical cores
-    Raises ConfigError for an unknown backend; UnsupportedError if native is forced and is missing or refuses a case.
+    Raises ConfigError for an unknown backend or too many threads; UnsupportedError if native is forced and is missing
+    or refuses a case, and whenever PAGELENS_CPU_ISA asks for what cannot be used here.
     """
     if backend not in BACKENDS:
         raise ConfigError(f"backend={backend!r} is not one of {', '.join(BACKENDS)}")

@@ -12,7 +12,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import ShapeError
+from ..errors import ShapeError, UnsupportedError
 
 WEIGHT_BITS = 22
 Pixels = NDArray[np.uint8]
@@ -21,12 +21,18 @@ Pixels = NDArray[np.uint8]
 def resize_rgb(image: Pixels, width: int, height: int) -> Pixels:
     """The picture at width x height, aspect ratio not kept; antialiased cubic kernel, a = -0.5.
 
-    image [h, w, 3] uint8 -> [height, width, 3] uint8, new memory, contiguous. Raises ShapeError for anything else.
+    image [h, w, 3] uint8 -> [height, width, 3] uint8, new memory, contiguous. Raises ShapeError for anything else,
+    UnsupportedError if the kernel cannot run here.
     """
     _check(image, width, height)
-    from .. import _native
+    try:
+        from .. import _native
 
-    resized: Pixels = _native.resize_rgb_u8(np.ascontiguousarray(image), height, width)
+        resized: Pixels = _native.resize_rgb_u8(np.ascontiguousarray(image), height, width)
+    except ImportError as error:
+        raise UnsupportedError(f"the native extension is not built ({error}); run `pip install -e .`") from error
+    except ValueError as error:  # PAGELENS_CPU_ISA asks for what cannot be used here, or a side is above 65535
+        raise UnsupportedError(str(error)) from None
     return resized
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import zlib
@@ -101,6 +102,7 @@ def test_bad_files_get_one_line_each_and_the_others_are_read(
         (["--max-tokens", "0"], "max_tokens"),
         (["--model", "no/such/folder/anywhere"], "no/such/folder/anywhere"),
         (["--threads", "0"], "num_threads"),
+        (["--threads", "1000"], "num_threads=1000 must be between 1 and 256"),
     ],
 )
 def test_bad_options_are_one_clear_line(options: list[str], needle: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -127,11 +129,57 @@ def test_missing_shard_and_pickles_are_refused(tmp_path: Path, capsys: pytest.Ca
     assert "safetensors" in capsys.readouterr().err
 
 
+def run_command(script: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A shell line in which $PAGELENS is the command."""
+    env = {**os.environ, "PAGELENS": f"{sys.executable} -m pagelens", **environment}
+    return subprocess.run(
+        ["bash", "-c", script], env=env, cwd=SAMPLES, capture_output=True, text=True, timeout=120, check=False
+    )
+
+
+def test_a_reader_of_our_output_that_goes_away_is_no_error_of_a_file() -> None:
+    result = run_command("$PAGELENS read notice.png notes.png --max-tokens 30 | true; echo ${PIPESTATUS[0]}")
+    assert result.stdout == "1\n"
+    assert error_lines(result.stderr) == []
+
+
+def test_a_wrong_instruction_set_is_one_line_everywhere() -> None:
+    for command in ("doctor", "read notice.png", "read notice.png --backend reference"):
+        result = run_command(f"$PAGELENS {command}", PAGELENS_CPU_ISA="sse9")
+        assert result.returncode == 2, command
+        (line,) = error_lines(result.stderr)
+        assert "PAGELENS_CPU_ISA=sse9 is not an instruction set" in line
+
+
+def test_file_names_that_are_no_unicode(tmp_path: Path) -> None:
+    name = os.fsencode(tmp_path) + b"/\xff.png"
+    with open(name, "wb") as file:
+        file.write(SAMPLE.read_bytes())
+    script = f"$PAGELENS read {tmp_path}/*.png --json --max-tokens 5"
+    result = run_command(script, PYTHONIOENCODING="utf-8:strict", PYTHONUTF8="1")
+    assert result.returncode == 0, result.stderr
+    assert os.fsencode(json.loads(result.stdout)["file"]) == name
+
+
+def test_errors_stand_in_the_order_of_the_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    missing = str(tmp_path / "missing.png")
+    assert main(["read", str(SAMPLE), missing, str(SAMPLE), "--json", "--max-tokens", "5"]) == 2
+    records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert ["error" in record for record in records] == [False, True, False]
+
+
+def test_an_output_folder_that_cannot_be_made_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "taken").write_text("a file")
+    assert main(["read", str(SAMPLE), "--out", str(tmp_path / "taken"), "--max-tokens", "5"]) == 2
+    assert f"File exists: {tmp_path / 'taken'}" in capsys.readouterr().err
+
+
 def test_doctor_lists_every_op(capsys: pytest.CaptureFixture[str]) -> None:
     from pagelens.ops import OP_NAMES
 
     assert main(["doctor"]) == 0
     out = capsys.readouterr().out
+    assert "for native kernels" in out
     for op in OP_NAMES:
         assert op in out
     assert main(["doctor", "--json"]) == 0
