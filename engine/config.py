@@ -12,6 +12,9 @@ from .errors import ConfigError
 
 DType = Literal["float32", "bfloat16"]
 
+# Buffers of these sizes are made with the engine; far above what is useful, far below what no machine holds.
+MAX_OPTIONS = {"max_num_seqs": 4096, "max_batch_tokens": 2**18, "block_size": 4096}
+
 
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
@@ -53,12 +56,12 @@ class EngineConfig:
                 raise ConfigError(f"{name}={getattr(self, name)!r} is not one of {', '.join(allowed)}")
         for name in ("num_threads", "max_model_len", "kv_cache_bytes"):
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 1):
+            if value is not None and (type(value) is not int or value < 1):
                 raise ConfigError(f"{name}={value!r} must be None or a positive integer")
-        for name in ("max_num_seqs", "max_batch_tokens", "block_size"):
+        for name, most in MAX_OPTIONS.items():
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ConfigError(f"{name}={value!r} must be a positive integer")
+            if type(value) is not int or not 1 <= value <= most:
+                raise ConfigError(f"{name}={value!r} must be a positive integer of at most {most}")
         if not isinstance(self.random_weights, int) or not 0 <= self.random_weights < 2**63:
             raise ConfigError(
                 f"random_weights={self.random_weights!r} must be True, False or a seed from 0 to 2^63 - 1"

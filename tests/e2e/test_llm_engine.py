@@ -445,8 +445,13 @@ def test_unknown_and_bad_options_are_refused_before_the_model_is_opened() -> Non
         LLM("/nowhere", max_len=3)
     with pytest.raises(ConfigError, match="dtype='float16' is not one of auto, float32, bfloat16"):
         LLM("/nowhere", dtype="float16")
-    with pytest.raises(ConfigError, match="max_num_seqs=0 must be a positive integer"):
-        LLM("/nowhere", max_num_seqs=0)
+    for name in ("max_num_seqs", "max_batch_tokens", "block_size"):
+        for value in (0, 10**9, 2.0, True):
+            with pytest.raises(ConfigError, match=f"{name}={value} must be a positive integer of at most [0-9]+"):
+                LLM("/nowhere", **{name: value})
+    for name in ("num_threads", "max_model_len", "kv_cache_bytes"):
+        with pytest.raises(ConfigError, match=f"{name}=True must be None or a positive integer"):
+            LLM("/nowhere", **{name: True})
 
 
 def test_sizes_of_cache_and_context() -> None:
