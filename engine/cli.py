@@ -78,10 +78,18 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
     parser.add_argument("--backend", default="auto", choices=("auto", "reference", "native"))
     parser.add_argument("--threads", type=int, help="threads of the native kernels; default: one a physical core")
+    parser.add_argument(
+        "--random-weights", action="store_true", help="noise for weights: --model is a preset or needs only config.json"
+    )
 
 
 def engine_options(args: argparse.Namespace) -> dict[str, Any]:
-    return {"dtype": args.dtype, "backend": args.backend, "num_threads": args.threads}
+    return {
+        "dtype": args.dtype,
+        "backend": args.backend,
+        "num_threads": args.threads,
+        "random_weights": args.random_weights,
+    }
 
 
 def run_read(args: argparse.Namespace) -> int:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -69,11 +71,22 @@ def all_logits(oracle: Any, ids: list[int]) -> Tensor:
     return logits
 
 
+@contextmanager
+def one_torch_thread() -> Iterator[None]:
+    """On tiny tensors torch's threads only wait for each other and for other processes."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def greedy(oracle: Any, prompt: list[int], count: int) -> list[int]:
     """`count` tokens by argmax. Fails if a choice was so close that rounding may decide it: take another seed then."""
     ids, past = torch.tensor([prompt]), None
     tokens: list[int] = []
-    with torch.no_grad():
+    with torch.no_grad(), one_torch_thread():
         while len(tokens) < count:
             output = oracle(input_ids=ids, past_key_values=past, use_cache=True)
             logits, past = output.logits[0, -1], output.past_key_values
