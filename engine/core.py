@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .config import EngineConfig
+from .config import DecoderConfig, EngineConfig
 from .errors import ConfigError
 from .inputs import InputBuilder, Request
 from .runtime.batch import BatchBuilder
@@ -55,15 +55,15 @@ class Engine:
         self.batches = BatchBuilder(
             config.max_batch_tokens, config.max_num_seqs, max_blocks, config.block_size, self.runner.image_rows
         )
-        self.sampler = Sampler(count_tokens(tokenizer, decoder.eos_token_ids))
+        bos_token_id, self._eos_token_ids = find_special_ids(decoder, tokenizer)
+        self.sampler = Sampler(count_tokens(tokenizer, self._eos_token_ids))
         self.inputs = InputBuilder(
             decoder.vocab_size,
             tokenizer,
-            decoder.bos_token_id,
+            bos_token_id,
             getattr(model.config, "image_token_id", None),
             getattr(model.config, "processor", None),
         )
-        self._eos_token_ids = decoder.eos_token_ids
         self._closeables = closeables
         self._states: dict[Sequence, RequestState] = {}
 
@@ -167,6 +167,16 @@ def resolve_max_model_len(config: EngineConfig, max_position_embeddings: int) ->
             "lower it"
         )
     return config.max_model_len
+
+
+def find_special_ids(decoder: DecoderConfig, tokenizer: Tokenizer | None) -> tuple[int | None, tuple[int, ...]]:
+    """The ids that begin a prompt and end an answer: config.json's, else those of their texts in tokenizer.json."""
+    bos, eos = decoder.bos_token_id, decoder.eos_token_ids
+    if tokenizer is not None and bos is None:
+        bos = tokenizer.bos_id()
+    if tokenizer is not None and not eos and (found := tokenizer.eos_id()) is not None:
+        eos = (found,)
+    return bos, eos
 
 
 def count_tokens(tokenizer: Tokenizer | None, eos_token_ids: tuple[int, ...]) -> int | None:

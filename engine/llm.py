@@ -163,7 +163,8 @@ class LLM:
             known = ", ".join(field.name for field in fields(EngineConfig))
             raise ConfigError(f"unknown option {next(iter(unknown))!r}; known: {known}")
         options: dict[str, Any] = {
-            "model": str(model),
+            # A Path is never a hub id, not even one that looks like org/name.
+            "model": str(model.expanduser().absolute()) if isinstance(model, Path) else str(model),
             "dtype": dtype,
             "device": device,
             "backend": backend,

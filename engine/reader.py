@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from .config import ProcessorConfig
 from .documents.page import MarkdownStream, Page, Usage, build_page
 from .errors import ConfigError, PromptError
+from .inputs import IMAGE_MARK
 from .llm import LLM, RequestHandle
 from .types import NgramGuard, RequestOutput, SamplingParams
 from .vision.images import load_image
@@ -26,7 +27,6 @@ from .vision.tiling import TilePlan, plan_tiles
 if TYPE_CHECKING:
     from .vision.images import ImageSource
 
-IMAGE_MARK = "<image>"
 DEFAULT_PROMPT = "<image>\n<|grounding|>Convert the document to markdown."
 BUILTIN_NOTE = (
     "reading with the small built-in reader (short printed text only); name a DeepSeek-OCR checkpoint folder or hub id "
@@ -119,7 +119,7 @@ class Reader:
 
     def __init__(self, model: str | Path | None = None, **options: Any) -> None:
         self.is_builtin = model is None
-        self.llm = LLM(str(builtin_model() if model is None else model), **options)
+        self.llm = LLM(builtin_model() if model is None else model, **options)
 
     @property
     def processor(self) -> ProcessorConfig:

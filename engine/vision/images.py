@@ -58,7 +58,7 @@ def load_image(source: ImageSource, max_pixels: int = MAX_PIXELS, composite_alph
 def _from_path(path: str | os.PathLike[str], max_pixels: int, composite_alpha: bool) -> NDArray[np.uint8]:
     name = repr(os.fspath(path))
     try:
-        file = open(path, "rb")  # noqa: SIM115 - closed below; here only the opening may fail
+        file = open(path, "rb", opener=_open_at_once)  # noqa: SIM115 - closed below; here only the opening may fail
         regular = stat.S_ISREG(os.fstat(file.fileno()).st_mode)
     except IsADirectoryError:
         raise ImageError(f"cannot open image {name}: it is a folder") from None
@@ -70,6 +70,11 @@ def _from_path(path: str | os.PathLike[str], max_pixels: int, composite_alpha: b
         if not regular:
             raise ImageError(f"cannot open image {name}: it is not a regular file")
         return _from_file(file, name, max_pixels, composite_alpha)
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    """Without this the opening of a FIFO would wait for a writer."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 def _from_file(file: BinaryIO, name: str, max_pixels: int, composite_alpha: bool) -> NDArray[np.uint8]:

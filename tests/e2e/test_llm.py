@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import shutil
 import subprocess
@@ -190,6 +191,25 @@ def test_a_folder_without_tokenizer_takes_token_ids(tmp_path: Path, llm: LLM, pr
         assert output.outputs[0].text == ""
         with pytest.raises(PromptError, match=r"no tokenizer\.json"):
             bare.submit("hello")
+
+
+def test_ids_that_the_config_leaves_out_are_found_by_their_texts(tmp_path: Path, llm: LLM, prompt: str) -> None:
+    shutil.copytree(builtin_model(), tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+    for name in ("bos_token_id", "eos_token_id"):
+        del config["language_config"][name]
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    page = {"prompt": prompt, "images": [pages()[0]]}
+    with LLM(tmp_path) as other:
+        expected, found = (each.generate(page)[0] for each in (llm, other))
+    assert found.outputs[0].finish_reason == "stop"
+    assert found.prompt_token_ids == expected.prompt_token_ids
+    assert found.outputs[0].token_ids == expected.outputs[0].token_ids
+
+
+def test_a_path_is_never_taken_for_a_hub_id() -> None:
+    with pytest.raises(ConfigError, match="no/such' is neither an existing folder"):
+        LLM(Path("no/such"))
 
 
 def test_options_reach_the_engine() -> None:

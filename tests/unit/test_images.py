@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import struct
 import warnings
 import zlib
@@ -269,6 +270,8 @@ def test_bad_files(tmp_path: Path) -> None:
     )
     assert message(tmp_path) == f"cannot open image {str(tmp_path)!r}: it is a folder"
     assert message("/dev/null") == "cannot open image '/dev/null': it is not a regular file"
+    os.mkfifo(tmp_path / "pipe")  # opening one waits for a writer, unless told not to
+    assert "it is not a regular file" in message(tmp_path / "pipe")
     assert message("a\0b") == "cannot open image 'a\\x00b': a path holds no zero bytes"
 
 
