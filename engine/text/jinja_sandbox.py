@@ -21,8 +21,8 @@ from jinja2.runtime import Context, Undefined
 from .marked_text import Marks
 
 MAX_TEMPLATE_CHARS = 2**18
-MAX_STEPS = 2_000_000
-MAX_CHARS = 2**27
+MAX_STEPS = 500_000
+MAX_CHARS = 2**26
 MAX_INT_BITS = 4096
 _FILTERS = frozenset(
     {
@@ -109,6 +109,11 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
             return budget.text(result)
         budget.build(len(result) if isinstance(result, list) else 0)
         return result
+
+    def wrap_str_format(self, value: Any) -> Any:
+        if super().wrap_str_format(value) is not None:
+            raise TemplateFault(f"it calls {value.__name__}() of a text, which is not supported")
+        return None
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         if operator == "+":

@@ -63,7 +63,7 @@ class Marks:
 
     def wrap(self, text: str) -> str:
         """A text put together by a template: MarkedText if there is something of a message in it."""
-        return MarkedText(text, self) if self._runs.search(text) else text
+        return MarkedText(text, self) if not text.isascii() and self._runs.search(text) else text
 
     def change_case(self, text: str, upper: bool) -> str:
         """upper() or lower() of a text, stand-ins included."""
