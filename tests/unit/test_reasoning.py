@@ -174,6 +174,10 @@ def test_a_call_that_is_too_long_is_text(monkeypatch: pytest.MonkeyPatch) -> Non
     text = f"a\n{long}\n<tool_call>{GOOD}</tool_call>"
     for parts in ([text], list(text), pieces(text, 1), pieces(text, 2)):
         assert parse_in(parts) == (f"a\n{long}", [ToolCall("f", {"x": 1})])
+    # A mark inside it opens nothing: all is text until its end.
+    text = f"<tool_call>{' ' * len(GOOD)} <tool_call>{GOOD}</tool_call>"
+    for parts in ([text], list(text), pieces(text, 1), pieces(text, 2)):
+        assert parse_in(parts) == (text, [])
 
 
 def test_parser_after_the_end() -> None:
