@@ -11,6 +11,7 @@ from typing import Literal
 from .errors import ConfigError
 
 DType = Literal["float32", "bfloat16"]
+MAX_TILES = 32  # most tiles of a page; no published model was trained on more
 
 # Buffers of these sizes are made with the engine; far above what is useful, far below what no machine holds.
 MAX_OPTIONS = {"max_num_seqs": 4096, "max_batch_tokens": 2**18, "block_size": 4096}

@@ -350,12 +350,15 @@ class LLM:
             if self._closed_because is None:
                 self._closed_because = "the engine was closed; make a new one"
             engine, thread, self._engine = self._engine, self._thread, None
-        if thread is not None:
-            thread.join()
-        self._fail_in_flight(EngineClosedError("the engine was closed while the request ran"))
-        if engine is not None:
-            engine.close()
-        _open_llms.discard(self)
+        try:
+            # A finaliser may run this on the engine's own thread, which ends by itself once `_engine` is None.
+            if thread is not None and thread is not threading.current_thread():
+                thread.join()
+        finally:
+            self._fail_in_flight(EngineClosedError("the engine was closed while the request ran"))
+            if engine is not None:
+                engine.close()
+            _open_llms.discard(self)
 
     def __enter__(self) -> LLM:
         return self

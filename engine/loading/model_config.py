@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..config import (
+    MAX_TILES,
     ClipConfig,
     DecoderConfig,
     DeepseekOcrConfig,
@@ -25,7 +26,6 @@ MODEL_TYPE = "deepseek_vl_v2"
 ARCHITECTURE = "DeepseekOCRForCausalLM"
 # The encoder turns DOWNSAMPLE x DOWNSAMPLE patches into one vision token (two stride-2 convolutions).
 DOWNSAMPLE = 4
-MAX_TILES = 256
 
 
 def read_model_config(raw: Mapping[str, Any]) -> DeepseekOcrConfig:

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from ..config import ProcessorConfig
+from ..config import MAX_TILES, ProcessorConfig
 from ..errors import ConfigError, PromptError
 
-MAX_TILES = 32  # no published model was trained on more
 PIXELS_PER_TOKEN = 64  # one vision token stands for 64x64 pixels: patches of 16, then 4x fewer per side
 
 
