@@ -14,8 +14,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from . import __version__
-from .errors import PagelensError
+from .errors import ConfigError, PagelensError
 
+MAX_SIDE = 20_000  # pixels of a page that --size may ask for
 EXIT_OK, EXIT_PIPE, EXIT_REFUSED, EXIT_INTERRUPTED = 0, 1, 2, 130
 
 
@@ -61,6 +62,11 @@ def build_parser() -> argparse.ArgumentParser:
     doctor.add_argument("--backend", default="auto", choices=("auto", "reference", "native"))
     doctor.add_argument("--json", action="store_true", help="print JSON")
     doctor.set_defaults(run=run_doctor)
+
+    modes = commands.add_parser("modes", help="list page modes and what a page costs in each")
+    modes.add_argument("--model", help="checkpoint folder or hub id; default: the published DeepSeek-OCR")
+    modes.add_argument("--size", default="1240x1754", help="width x height of the page in pixels")
+    modes.set_defaults(run=run_modes)
 
     bench = commands.add_parser("bench", help="time one page by stage, with peak memory")
     add_engine_options(bench)
@@ -114,6 +120,29 @@ def run_doctor(args: argparse.Namespace) -> int:
         mark = "chosen" if row["chosen"] else "-"
         print(f"  {row['op']:20} {row['backend']:10} {mark:7} {row['reason']}")
     return EXIT_OK
+
+
+def run_modes(args: argparse.Namespace) -> int:
+    from .doctor import examine_modes
+
+    width, height = parse_size(args.size)
+    print(f"{'mode':14} {'tiles':>6} {'image tokens':>13}  views, for a page of {width} x {height} pixels")
+    for mode in examine_modes(args.model, width, height):
+        tiles = "x".join(map(str, mode.grid)) if mode.grid != (1, 1) else "none"
+        note = " (experimental)" if mode.experimental else ""
+        print(f"{mode.name:14} {tiles:>6} {mode.image_tokens:13}  {mode.description}{note}")
+    return EXIT_OK
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """WIDTHxHEIGHT as integers. Raises ConfigError."""
+    try:
+        width, height = (int(part) for part in text.lower().split("x"))
+    except ValueError:
+        raise ConfigError(f"--size must be WIDTHxHEIGHT in pixels, such as 1240x1754; got {text!r}") from None
+    if not (1 <= width <= MAX_SIDE and 1 <= height <= MAX_SIDE):
+        raise ConfigError(f"--size {text}: both sides must be between 1 and {MAX_SIDE} pixels")
+    return width, height
 
 
 def run_bench(args: argparse.Namespace) -> int:

@@ -85,6 +85,44 @@ def gpu_fact(torch: Any) -> str:
     return f"{torch.cuda.get_device_name(0)} (GPU backends do not exist yet; the CPU is used)"
 
 
+@dataclass(frozen=True, slots=True)
+class ModeReport:
+    """One mode on one page size: `grid` is columns x rows of tiles, 1 x 1 without tiles."""
+
+    name: str
+    description: str
+    grid: tuple[int, int]
+    image_tokens: int
+    experimental: bool
+
+
+def examine_modes(model: str | None, width: int, height: int) -> list[ModeReport]:
+    """The modes of a checkpoint (None = the published DeepSeek-OCR) and what a page of that size costs in each.
+
+    Reads config.json only. Raises ConfigError or ImageError.
+    """
+    from .config import DeepseekOcrConfig, ProcessorConfig
+    from .errors import ConfigError
+    from .loading.presets import find_description
+    from .models.registry import class_of
+    from .vision.modes import available_modes
+    from .vision.tiling import plan_tiles
+
+    processor = ProcessorConfig()
+    if model is not None:
+        description = find_description(model, random_weights=False)
+        config = class_of(description.config).read_config(description.config, description.generation)
+        if not isinstance(config, DeepseekOcrConfig):
+            raise ConfigError(f"{model}: a text model has no page modes; name a DeepSeek-OCR checkpoint")
+        processor = config.processor
+    reports = []
+    for mode in available_modes(processor).values():
+        plan = plan_tiles(width, height, mode)
+        grid = (plan.columns, plan.rows)
+        reports.append(ModeReport(mode.name, mode.description, grid, plan.num_image_tokens, mode.experimental))
+    return reports
+
+
 def examine(backend: Literal["auto", "reference", "native"] = "auto") -> DoctorReport:
     """Look at the machine. Raises UnsupportedError if a forced backend or instruction set cannot run here."""
     import torch

@@ -11,6 +11,7 @@ import sys
 import time
 from typing import Any
 
+from ..cli import parse_size
 from ..doctor import default_num_threads
 from ..errors import ConfigError
 from ..reader import Reader, default_prompt
@@ -45,12 +46,7 @@ def generated_page(size: str) -> Any:
     """A grey page with dark bars as lines of "text"; only its size matters for timing."""
     from PIL import Image, ImageDraw
 
-    try:
-        width, height = (int(part) for part in size.lower().split("x"))
-    except ValueError:
-        raise ConfigError(f"--size must be WIDTHxHEIGHT in pixels, such as 1240x1754; got {size!r}") from None
-    if not (1 <= width <= 20_000 and 1 <= height <= 20_000):
-        raise ConfigError(f"--size {size}: both sides must be between 1 and 20000 pixels")
+    width, height = parse_size(size)
     page = Image.new("RGB", (width, height), (240, 240, 236))
     draw = ImageDraw.Draw(page)
     for line, top in enumerate(range(20, height - 20, 36)):

@@ -188,6 +188,18 @@ def test_doctor_lists_every_op(capsys: pytest.CaptureFixture[str]) -> None:
     assert chosen == set(OP_NAMES)
 
 
+def test_modes_prints_the_token_counts_of_the_readme(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["modes", "--size", "1240x1754"]) == 0
+    rows = {line.split()[0]: line.split()[1:3] for line in capsys.readouterr().out.splitlines()[1:]}
+    assert rows["tiny"] == ["none", "73"]
+    assert rows["large"] == ["none", "421"]
+    assert rows["gundam"] == ["2x3", "903"]
+    assert main(["modes", "--model", str(builtin_model()), "--size", "100x100"]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:]] == ["base", "gundam"]
+    assert main(["modes", "--size", "0x5"]) == 2
+    assert main(["modes", "--size", "wide"]) == 2
+
+
 def test_bench_prints_stages_and_a_json_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "--size", "200x150", "--tokens", "6"]) == 0
     out = capsys.readouterr().out
