@@ -15,7 +15,7 @@ setup: $(STAMP)
 $(STAMP): pyproject.toml setup.py constraints.txt $(NATIVE)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install -q -c constraints.txt torch setuptools wheel pybind11
-	$(PIP) install -q -c constraints.txt --no-build-isolation -e '.[test,bench,hub]'
+	$(PIP) install -q -c constraints.txt --no-build-isolation -e '.[test,hub]'
 	touch $(STAMP)
 
 demo: $(STAMP)
