@@ -1,4 +1,4 @@
-"""The `pagelens` command: read, doctor, bench. Parses arguments and prints; the work is done in layer 5.
+"""The `pagelens` command: read, generate, chat, doctor, modes, bench. Parses arguments; the work is done elsewhere.
 
 stdout carries results only (Markdown, or JSON with --json); notes, progress and errors go to stderr. Exit status 0: all
 done; 1: broken pipe; 2: an input or option was refused (other inputs of the call are still done); 130: interrupted.
@@ -58,6 +58,26 @@ def build_parser() -> argparse.ArgumentParser:
     read.add_argument("--progress", action=argparse.BooleanOptionalAction, help="progress bar on stderr")
     read.set_defaults(run=run_read)
 
+    generate = commands.add_parser("generate", help="continue a text with a language model")
+    add_engine_options(generate, needs_model=True)
+    generate.add_argument("--prompt", required=True, help="text to continue, as it is: no chat format is put around it")
+    add_sampling_options(generate, "greedy")
+    generate.add_argument("--json", action="store_true", help="print one JSON object instead of the text")
+    generate.set_defaults(run=run_generate)
+
+    chat = commands.add_parser(
+        "chat",
+        help="talk with a language model",
+        description="Reads one message a line. /think and /no_think alone on a line switch thinking; Ctrl-D ends.",
+    )
+    add_engine_options(chat, needs_model=True)
+    chat.add_argument("--system", metavar="TEXT", help="system message")
+    chat.add_argument("--no-think", action="store_true", help="begin with thinking off")
+    chat.add_argument("--thinking-budget", type=int, metavar="N", help="most tokens of thinking in an answer")
+    add_sampling_options(chat, "as generation_config.json says")
+    chat.add_argument("--json", action="store_true", help="print one JSON object an answer")
+    chat.set_defaults(run=run_chat)
+
     doctor = commands.add_parser("doctor", help="show the machine and which kernels would be used")
     doctor.add_argument("--backend", default="auto", choices=("auto", "reference", "native"))
     doctor.add_argument("--json", action="store_true", help="print JSON")
@@ -79,8 +99,15 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def add_engine_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", help="checkpoint folder or hub id; default: the small built-in reader")
+def add_sampling_options(parser: argparse.ArgumentParser, default: str) -> None:
+    parser.add_argument("--max-tokens", type=int, help="most tokens of an answer; default: all there is room for")
+    parser.add_argument("--temperature", type=float, help=f"0 is greedy; default: {default}")
+    parser.add_argument("--seed", type=int, help="makes sampling repeatable")
+
+
+def add_engine_options(parser: argparse.ArgumentParser, needs_model: bool = False) -> None:
+    default = "" if needs_model else "; default: the small built-in reader"
+    parser.add_argument("--model", required=needs_model, help="checkpoint folder or hub id" + default)
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
     parser.add_argument("--backend", default="auto", choices=("auto", "reference", "native"))
     parser.add_argument("--threads", type=int, help="threads of the native kernels; default: one a physical core")
@@ -102,6 +129,18 @@ def run_read(args: argparse.Namespace) -> int:
     from .read_files import read_files
 
     return read_files(args, engine_options(args))
+
+
+def run_generate(args: argparse.Namespace) -> int:
+    from .chat_command import generate
+
+    return generate(args, engine_options(args))
+
+
+def run_chat(args: argparse.Namespace) -> int:
+    from .chat_command import chat
+
+    return chat(args, engine_options(args))
 
 
 def run_doctor(args: argparse.Namespace) -> int:

@@ -22,6 +22,7 @@ from .runtime.state import RequestState
 from .types import NgramGuard
 
 if TYPE_CHECKING:
+    from .loading.presets import ModelDescription
     from .text.tokenizer import Tokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -31,6 +32,7 @@ class Engine:
     """A model with its cache and queues.
 
     Call `add_request` any number of times, then `step` while `has_work`. `closeables` are closed with the engine.
+    `description` is what the model was built from; None if it was built by hand.
     """
 
     def __init__(
@@ -40,11 +42,13 @@ class Engine:
         dtype: torch.dtype,
         tokenizer: Tokenizer | None = None,
         closeables: tuple[Any, ...] = (),
+        description: ModelDescription | None = None,
     ) -> None:
         decoder = model.config.decoder
         self.config = config
         self.model_config = model.config
         self.tokenizer = tokenizer
+        self.description = description
         self.max_model_len = resolve_max_model_len(config, decoder.max_position_embeddings)
         num_blocks = plan_num_blocks(config, decoder, dtype, self.max_model_len)
         kv = allocate(decoder, dtype, num_blocks, config.block_size)
@@ -212,7 +216,7 @@ def build_engine(config: EngineConfig) -> Engine:
         else:
             with open_checkpoint(folder) as checkpoint:
                 model = network.load(checkpoint, model_config, dtype, as_ops(ops))
-        return Engine(config, model, dtype, tokenizer, closeables=(ops,))
+        return Engine(config, model, dtype, tokenizer, (ops,), description)
     except BaseException:
         ops.close()
         raise

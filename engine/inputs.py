@@ -6,6 +6,7 @@ queues or the network.
 
 from __future__ import annotations
 
+import functools
 import operator
 import time
 from collections.abc import Mapping, Sequence
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from .config import ProcessorConfig
 from .errors import ConfigError, PromptError
+from .runtime.thinking import ThinkingPlan, ThinkingTokens, find_thinking_tokens
 from .types import SamplingParams
 from .vision.images import load_image
 from .vision.modes import Mode, default_mode, resolve_mode
@@ -65,6 +67,7 @@ class Request:
     images: tuple[ImageSlot, ...]
     sampling: SamplingParams
     preprocess_s: float = 0.0
+    thinking: ThinkingPlan | None = None
 
     @property
     def num_image_tokens(self) -> int:
@@ -121,7 +124,30 @@ class InputBuilder:
             )
         text = content if isinstance(content, str) else None
         spent = time.perf_counter() - started
-        return Request(request_id, text, token_ids, tuple(slots), sampling, spent if slots else 0.0)
+        thinking = self._plan_thinking(sampling.thinking_budget, token_ids)
+        return Request(request_id, text, token_ids, tuple(slots), sampling, spent if slots else 0.0, thinking)
+
+    @functools.cached_property
+    def thinking_tokens(self) -> ThinkingTokens | None:
+        """None if the model has no tokens for <think> and </think>."""
+        return None if self.tokenizer is None else find_thinking_tokens(self.tokenizer)
+
+    def _plan_thinking(self, budget: int | None, token_ids: list[int]) -> ThinkingPlan | None:
+        tokens = None if budget is None else self.thinking_tokens
+        if budget is None or (budget == 0 and tokens is None):
+            return None
+        if tokens is None or max(tokens.stop_ids) >= self.vocab_size:
+            raise ConfigError(
+                f"thinking_budget={budget} needs a model with the tokens <think> and </think>, which this model has "
+                "not; leave it out"
+            )
+        starts_inside = tokens.are_open_in(token_ids)
+        if starts_inside and budget == 0:
+            raise PromptError(
+                "thinking_budget=0, but the prompt ends inside a think block; close the block in the prompt, or give "
+                "a budget of at least 1"
+            )
+        return ThinkingPlan(tokens, budget, starts_inside)
 
     def _parse(self, prompt: Prompt) -> tuple[str | Sequence[int], list[ImageSource], Mode | None]:
         """Content, images and mode of a prompt in any of its forms."""

@@ -10,13 +10,14 @@ import os
 import threading
 import weakref
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from numbers import Integral
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from .chat import ChatFormat, ChatStream, Conversation, Turn, as_conversations, with_answers
 from .config import EngineConfig, ProcessorConfig
 from .core import Engine, build_engine
 from .errors import ConfigError, EngineClosedError, EngineError, PagelensError, PromptError
@@ -190,6 +191,8 @@ class LLM:
     def _start(self, engine: Engine) -> None:
         self.config = engine.config
         self.model_config = engine.model_config
+        self._description = engine.description
+        self._chat_format: ChatFormat | None = None
         self.tokenizer: Tokenizer | None = engine.tokenizer
         self.max_model_len = engine.max_model_len
         self._engine: Engine | None = engine
@@ -236,6 +239,67 @@ class LLM:
                 requests.append(self._build(prompt, sampling, keep_views=False))
             except PagelensError as error:
                 raise type(error)(f"prompt {index}: {error}") from error
+        return self._run(requests)
+
+    def chat(
+        self,
+        messages: Conversation | Sequence[Conversation],
+        sampling: SamplingParams | Mapping[str, Any] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        thinking: bool = True,
+        thinking_budget: int | None = None,
+    ) -> list[RequestOutput]:
+        """Answer one conversation, or several together; outputs in their order, each with `reasoning`, `tool_calls`.
+
+        messages         {"role": ..., "content": ...} mappings (text/chat_messages.py), or a list of such lists
+        sampling         None = `chat_sampling(thinking)`; a mapping replaces some of those values; SamplingParams, all
+        tools            function declarations; calls are then taken out of the answer
+        thinking         False asks for an answer without a think block
+        thinking_budget  most reasoning tokens, after which the model is made to answer; 0 is thinking=False
+        Failures are as in `generate`.
+        """
+        chat = self._open_chat()
+        listed = as_conversations(messages)
+        requests, modes = [], []
+        for index, conversation in enumerate(listed):
+            try:
+                turn = chat.prepare(conversation, sampling, tools, thinking, thinking_budget)
+                requests.append(self._build_turn(turn))
+            except PagelensError as error:
+                if len(listed) == 1:
+                    raise
+                raise type(error)(f"conversation {index}: {error}") from error
+            modes.append(turn.mode)
+        return [with_answers(output, mode) for output, mode in zip(self._run(requests), modes)]
+
+    def stream_chat(
+        self,
+        messages: Conversation,
+        sampling: SamplingParams | Mapping[str, Any] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        thinking: bool = True,
+        thinking_budget: int | None = None,
+    ) -> ChatStream:
+        """Start one answer and return at once: iterate the stream for its pieces. Arguments as in `chat`."""
+        turn = self._open_chat().prepare(messages, sampling, tools, thinking, thinking_budget)
+        return ChatStream(self._enqueue([self._build_turn(turn)])[0], turn.mode)
+
+    def chat_sampling(self, thinking: bool = True) -> SamplingParams:
+        """What `chat` samples with by default: generation_config.json's values, as the mode asks (docs/text.md)."""
+        return self._open_chat().default_sampling(thinking)
+
+    def _open_chat(self) -> ChatFormat:
+        self._check_open()
+        if self._chat_format is None:
+            self._chat_format = ChatFormat.open(self._description, self.tokenizer)
+        return self._chat_format
+
+    def _build_turn(self, turn: Turn) -> Request:
+        request = self._build(turn.token_ids, turn.sampling, keep_views=False)
+        request.prompt = turn.text
+        return request
+
+    def _run(self, requests: list[Request]) -> list[RequestOutput]:
         handles = self._enqueue(requests)
         try:
             for handle in handles:

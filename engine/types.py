@@ -93,7 +93,7 @@ _SAMPLING_FIELDS: dict[str, Callable[[str, Any], Any]] = {
     **dict.fromkeys(("temperature", "top_p", "min_p"), _real),
     **dict.fromkeys(("repetition_penalty", "presence_penalty", "frequency_penalty"), _real),
     **dict.fromkeys(("top_k", "min_tokens"), _integer),
-    **dict.fromkeys(("max_tokens", "seed", "logprobs"), _optional_integer),
+    **dict.fromkeys(("max_tokens", "seed", "logprobs", "thinking_budget"), _optional_integer),
     **dict.fromkeys(("ignore_eos", "detect_repetition", "skip_special_tokens"), _switch),
     "stop": _texts,
     "stop_token_ids": _integers,
@@ -108,6 +108,7 @@ class SamplingParams:
     temperature 0 means greedy (lowest id wins ties). `max_tokens` None means: up to the context limit.
     `logprobs` = n returns the n most likely tokens' log probabilities (and the chosen one's) at every step.
     `ngram_guard` None means the default of the caller: on in Reader, off in LLM; False turns it off.
+    `thinking_budget` = n: after n reasoning tokens the stop text is fed (docs/text.md); 0: <think> is never chosen.
     Numbers may be numpy's. Raises ConfigError naming the field, its value and what is accepted.
     """
 
@@ -128,6 +129,7 @@ class SamplingParams:
     ngram_guard: NgramGuard | bool | None = None
     detect_repetition: bool = True
     skip_special_tokens: bool = False
+    thinking_budget: int | None = None
 
     def __post_init__(self) -> None:
         _check_fields(self, _SAMPLING_FIELDS)
@@ -143,6 +145,7 @@ class SamplingParams:
             ("min_tokens", self.min_tokens >= 0, "0 or more"),
             ("min_tokens", self.min_tokens <= (self.max_tokens or self.min_tokens), "at most max_tokens"),
             ("logprobs", self.logprobs is None or 0 <= self.logprobs <= 20, "None or between 0 and 20"),
+            ("thinking_budget", self.thinking_budget is None or self.thinking_budget >= 0, "None or 0 or more"),
         )
         for name, good, rule in checks:
             if not good:
@@ -168,7 +171,12 @@ class Logprob:
 
 @dataclass(slots=True)
 class CompletionOutput:
-    """One answer. `finish_reason` is None while running, then one of FINISH_REASONS."""
+    """One answer. `finish_reason` is None while running, then one of FINISH_REASONS.
+
+    logprobs    one mapping a token; an empty one for a token that was fed (a thinking budget's stop text), not chosen
+    reasoning   in chat what the model thought, None if it opened no think block; `text` is then the answer without it
+    tool_calls  in chat with tools the calls (name, arguments) that were taken out of `text`
+    """
 
     index: int
     text: str
@@ -177,6 +185,8 @@ class CompletionOutput:
     stop_reason: int | str | None = None
     logprobs: list[dict[int, Logprob]] | None = None
     cumulative_logprob: float | None = None
+    reasoning: str | None = None
+    tool_calls: list[Any] = field(default_factory=list)
 
 
 @dataclass(slots=True)

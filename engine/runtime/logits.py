@@ -87,6 +87,19 @@ class PenaltyProcessor:
         self._counts[place] += 1
 
 
+class BanProcessor:
+    """Forbids tokens at every step."""
+
+    def __init__(self, banned: Iterable[int]) -> None:
+        self._banned = np.array(sorted(banned), np.int64)
+
+    def apply(self, row: Row) -> None:
+        row[self._banned] = -np.inf
+
+    def observe(self, token: int) -> None:
+        pass
+
+
 class MinTokensProcessor:
     """Forbids the tokens that would end the answer until it has min_tokens tokens."""
 

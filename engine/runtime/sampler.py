@@ -11,6 +11,7 @@ from torch import Tensor
 from ..errors import EngineError
 from ..types import Logprob, SamplingParams
 from .logits import (
+    BanProcessor,
     LogitsProcessor,
     MinTokensProcessor,
     NgramProcessor,
@@ -37,8 +38,12 @@ class SequenceSampler:
         prompt: list[int],
         end_ids: frozenset[int],
         whitelist: frozenset[int] = frozenset(),
+        banned: frozenset[int] = frozenset(),
     ) -> None:
-        """end_ids: tokens that would end the answer (for min_tokens). whitelist: ids that the guard never forbids."""
+        """end_ids: tokens that would end the answer (for min_tokens). whitelist: ids that the guard never forbids.
+
+        banned: ids that are never chosen.
+        """
         self.params = params
         # random.Random.random() gives the same numbers for a seed in every Python version, by its documentation.
         self._random = random.Random(params.seed) if params.temperature > 0 else None
@@ -51,6 +56,8 @@ class SequenceSampler:
             self._processors.append(NgramProcessor(guard.size, guard.window, whitelist))
         if params.min_tokens > 0 and end_ids:
             self._processors.append(MinTokensProcessor(params.min_tokens, end_ids))
+        if banned:
+            self._processors.append(BanProcessor(banned))
 
     def choose(self, row: Row) -> Sampled:
         """Choose a token from logits [V], which processors may change in place. Does not record it: see `observe`."""

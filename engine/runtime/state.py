@@ -10,6 +10,7 @@ from ..types import CompletionOutput, Logprob, NgramGuard, RequestMetrics, Reque
 from .repetition import RepetitionDetector
 from .sampler import Sampled, SequenceSampler
 from .sequence import Sequence
+from .thinking import ThinkingBudget
 
 if TYPE_CHECKING:
     from ..inputs import Request
@@ -32,7 +33,12 @@ class RequestState:
         guard = params.ngram_guard if isinstance(params.ngram_guard, NgramGuard) else NgramGuard()
         whitelist = resolve_whitelist(guard, tokenizer)
         end_ids = self._eos_ids | self._stop_ids
-        self.sampler = SequenceSampler(params, request.token_ids, end_ids, whitelist)
+        plan = request.thinking
+        banned = frozenset({plan.tokens.open_id}) if plan is not None and plan.budget == 0 else frozenset[int]()
+        self.sampler = SequenceSampler(params, request.token_ids, end_ids, whitelist, banned)
+        self._thinking: ThinkingBudget | None = None
+        if plan is not None and plan.budget > 0 and tokenizer is not None:
+            self._thinking = ThinkingBudget(plan, tokenizer.id_to_bytes)
         self._detector = RepetitionDetector(whitelist) if params.detect_repetition else None
         self._detokenizer = make_detokenizer(params, tokenizer)
         self._logprobs: list[dict[int, Logprob]] | None = None if params.logprobs is None else []
@@ -80,10 +86,29 @@ class RequestState:
             if self._detokenizer.stopped is not None:
                 self.finish("stop", self._detokenizer.stopped)
                 return
-        if self._detector is not None and self._detector.push(token):
+        # A loop in a block with a budget is left to the budget, so that an answer follows.
+        is_watched = self._thinking is None or not self._thinking.is_inside
+        if self._thinking is not None:
+            self._feed(self._thinking.take(token))
+        if self._detector is not None and is_watched and self._detector.push(token):
             self.finish("repetition")
         elif self.sequence.num_generated >= self.sequence.max_new_tokens:
             self.finish("length")
+
+    def _feed(self, tokens: tuple[int, ...]) -> None:
+        """Go on with tokens that were not chosen. The next pass computes them like a piece of the prompt.
+
+        They are part of the answer: max_tokens cuts them, penalties and the n-gram guard see them. They cannot end it:
+        neither stop strings completed in them nor stop ids count.
+        """
+        tokens = tokens[: self.sequence.max_new_tokens - self.sequence.num_generated]
+        for token in tokens:
+            self.sequence.token_ids.append(token)
+            self.sampler.observe(token)
+            if self._logprobs is not None:
+                self._logprobs.append({})
+        if self._detokenizer is not None and tokens:
+            self._detokenizer.push(tokens, can_stop=False)
 
     def finish(self, reason: str, stop_reason: int | str | None = None) -> None:
         """End the answer; text held back until now is given out."""

@@ -51,9 +51,10 @@ class IncrementalDetokenizer:
         self._parts = ["".join(self._parts)]
         return self._parts[0]
 
-    def push(self, token_ids: Iterable[int]) -> str:
+    def push(self, token_ids: Iterable[int], can_stop: bool = True) -> str:
         """Take new tokens, return the text that became certain. After a stop string it takes nothing more.
 
+        Without `can_stop` a stop string that these tokens complete is ordinary text.
         Raises RuntimeError after `finish`.
         """
         if self._finished:
@@ -64,7 +65,7 @@ class IncrementalDetokenizer:
                 break
             self._num_tokens += 1
             if id_ not in self._skipped:
-                pieces.append(self._take(self._utf8.decode(self._tokenizer.id_to_bytes(id_))))
+                pieces.append(self._take(self._utf8.decode(self._tokenizer.id_to_bytes(id_)), can_stop))
         return self._emit("".join(pieces))
 
     def finish(self) -> str:
@@ -83,11 +84,11 @@ class IncrementalDetokenizer:
             self._parts.append(piece)
         return piece
 
-    def _take(self, new: str) -> str:
+    def _take(self, new: str, can_stop: bool = True) -> str:
         """Advance over new characters; return those that no stop string can claim any more."""
         if not self._matchers:
             return new
-        shielded = self._num_tokens <= self._min_tokens and not self._finished
+        shielded = not can_stop or (self._num_tokens <= self._min_tokens and not self._finished)
         buffer = self._held + new
         for position, char in enumerate(new, start=len(self._held) + 1):
             found = [matcher.text for matcher in self._matchers if matcher.advance(char)]

@@ -23,11 +23,13 @@ LAYERS = {
     "inputs": 4,
     "runtime": 4,
     "core": 5,
+    "chat": 5,
     "llm": 5,
     "reader": 5,
     "doctor": 5,
     "cli": 6,
     "read_files": 6,
+    "chat_command": 6,
     "bench": 6,
 }
 FRONT_ENDS_MAY_USE = {0, 5, 6}
