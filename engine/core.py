@@ -95,7 +95,7 @@ class Engine:
             self._retire(state)
 
     def step(self) -> list[RequestState]:
-        """One pass: each scheduled request moves on by a chunk of its prompt or by one token.
+        """One pass: each scheduled request moves on by a chunk of its prompt (or of fed text) or by one token.
 
         Returns the requests that got a token or ended. An error of one request ends that request only (`state.error`).
         An error of the pass itself is raised; the requests are then still queued, and the caller decides.

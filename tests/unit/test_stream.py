@@ -215,3 +215,17 @@ def test_cost_is_linear() -> None:
     assert tokenizer.num_calls == advances == 20_000
     assert len(detokenizer.text) == 20_000 - 5000
     assert len(detokenizer._held) == 5000
+
+
+def test_text_that_was_fed_cannot_complete_a_stop_string() -> None:
+    detokenizer = IncrementalDetokenizer(ByteTokens(), ["abc"])
+    assert detokenizer.push(b"xab") == "x"
+    assert detokenizer.push(b"cabcd", can_stop=False) == "abcabcd"
+    assert detokenizer.stopped is None
+    assert detokenizer.push(b"abc") == ""
+    assert (detokenizer.stopped, detokenizer.text) == ("abc", "xabcabcd")
+    # Begun in fed text and completed by the model, it counts.
+    detokenizer = IncrementalDetokenizer(ByteTokens(), ["abc"])
+    detokenizer.push(b"xab", can_stop=False)
+    assert detokenizer.push(b"cd") == ""
+    assert (detokenizer.stopped, detokenizer.text) == ("abc", "x")
