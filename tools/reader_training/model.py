@@ -67,7 +67,7 @@ SAM: dict[str, Any] = {
 }
 CLIP: dict[str, Any] = {"width": 256, "layers": 2, "heads": 8, "mlp_ratio": 4.0, "image_size": 16, "patch_size": 4}
 GUIDED_LAYERS = (1, 2)  # decoder layers whose head 0 is taught where to look
-BASE_SIZE, TILE_SIZE = 256, 192
+BASE_SIZE, TILE_SIZE = 192, 192
 
 
 def config(base_size: int = BASE_SIZE) -> dict[str, Any]:
