@@ -1,6 +1,6 @@
 """The schedules: what is drawn and how fast is learnt, at each point of a training.
 
-`scratch` is the whole way in one schedule. `continue` is what run 9c did to a reader that could already read,
+`scratch` is the whole way in one schedule. `continue` is what run 9d did to a reader that could already read,
 `tiles` what run 9a did before it (docs/reader.md).
 """
 
@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from .fonts import BASE
 from .pages import FULL_PAGE, Layout
 
-BATCH = {"192": 24, "256": 16, "320": 10, "2x1": 10, "1x2": 10, "2x2": 7}  # pages a process and step
-SQUARE = {"192": 0.55, "256": 0.45}
+BATCH = {"192": 26, "256": 16, "320": 10, "2x1": 10, "1x2": 10, "2x2": 7}  # pages a process and step
+SQUARE = {"192": 0.8, "256": 0.2}
 TILED = {"192": 0.40, "256": 0.34, "2x1": 0.12, "2x2": 0.14}
 DENSE_END, GROW, DECAY_FROM = 0.15, 0.45, 0.5  # progress of the scratch recipe
 
@@ -56,8 +56,8 @@ def scratch(t: float) -> Point:
 
 
 def continued(t: float) -> Point:
-    """Run 9c: all families, resized drawing and JPEG; the rate decays linearly over the last four fifths."""
-    return Point("continue", 0.45 * min(1.0, (1 - t) / 0.8), 0.4)
+    """Run 9d: all families, resized drawing and JPEG; the rate decays linearly after the first 15 %."""
+    return Point("continue", 0.45 * min(1.0, (1 - t) / 0.85), 0.4)
 
 
 def tiles(t: float) -> Point:
