@@ -17,7 +17,7 @@ _LAZY = {
     "Reader": ".reader",
     "Page": ".documents.page",
     "LLM": ".llm",
-    "RequestHandle": ".llm",
+    "RequestHandle": ".handle",
     "SamplingParams": ".types",
     "NgramGuard": ".types",
     "RequestOutput": ".types",
@@ -30,8 +30,8 @@ __all__ = ["__version__", *_LAZY]
 if TYPE_CHECKING:
     from .documents.page import Page as Page
     from .errors import PagelensError as PagelensError
+    from .handle import RequestHandle as RequestHandle
     from .llm import LLM as LLM
-    from .llm import RequestHandle as RequestHandle
     from .reader import Reader as Reader
     from .types import CompletionOutput as CompletionOutput
     from .types import NgramGuard as NgramGuard

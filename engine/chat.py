@@ -16,7 +16,7 @@ from .text.tool_calls import ToolCall, ToolCallParser
 from .types import CompletionOutput, RequestOutput, SamplingParams
 
 if TYPE_CHECKING:
-    from .llm import RequestHandle
+    from .handle import RequestHandle
     from .loading.presets import ModelDescription
     from .text.tokenizer import Tokenizer
 

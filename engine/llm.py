@@ -10,7 +10,7 @@ import os
 import threading
 import weakref
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from numbers import Integral
 from pathlib import Path
@@ -21,6 +21,7 @@ from .chat import ChatFormat, ChatStream, Conversation, Turn, as_conversations, 
 from .config import EngineConfig, ProcessorConfig
 from .core import Engine, build_engine
 from .errors import ConfigError, EngineClosedError, EngineError, PagelensError, PromptError
+from .handle import RequestHandle, forked_message
 from .inputs import Prompt, Request
 from .runtime.state import RequestState
 from .types import RequestOutput, SamplingParams
@@ -29,102 +30,6 @@ if TYPE_CHECKING:
     from .text.tokenizer import Tokenizer
 
 _open_llms: weakref.WeakSet[LLM] = weakref.WeakSet()
-
-
-class RequestHandle:
-    """A request on its way. Any thread may iterate it, wait for it or cancel it."""
-
-    def __init__(self, llm: LLM, request: Request) -> None:
-        self.request = request
-        self.request_id = request.request_id
-        self.error: Exception | None = None
-        self._llm = llm
-        self._pid = os.getpid()
-        self._changed = threading.Condition()
-        self._output: RequestOutput | None = None
-        self._version = 0
-        self._is_watched = False
-        self._done = False
-        self._state: RequestState | None = None  # belongs to the engine's thread
-
-    @property
-    def done(self) -> bool:
-        return self._done
-
-    def cancel(self) -> None:
-        """Ask the request to end with finish_reason "abort"; what it has so far stays. Harmless if it has ended."""
-        self._check_process()
-        self._llm._cancel(self)
-
-    def result(self, timeout: float | None = None) -> RequestOutput:
-        """Wait for the end. Raises the error that ended the request, or TimeoutError after `timeout` seconds."""
-        self._check_process()
-        if not self._wait(timeout):
-            raise TimeoutError(f"request {self.request_id} did not end within {timeout} s; it goes on")
-        return self._finished_output()
-
-    def __iter__(self) -> Iterator[RequestOutput]:
-        """Snapshots with the text so far; one that comes late sees the newest only. The last has `finished` True.
-
-        Raises the error that ended the request, after the last snapshot.
-        """
-        self._check_process()
-        seen = 0
-        while True:
-            with self._changed:
-                self._is_watched = True
-                while not self._done and self._version == seen:
-                    self._changed.wait()
-                is_new = self._version != seen
-                output, seen, done = self._output, self._version, self._done
-            if is_new and output is not None:
-                yield output
-            if done:
-                self._finished_output()
-                return
-
-    def stream_text(self) -> Iterator[str]:
-        """The pieces by which the text grows; joined they are the text of the result."""
-        length = 0
-        for output in self:
-            text = output.outputs[0].text
-            if len(text) > length:
-                yield text[length:]
-                length = len(text)
-
-    def _wait(self, timeout: float | None = None) -> bool:
-        with self._changed:
-            return self._changed.wait_for(lambda: self._done, timeout)
-
-    def _finished_output(self) -> RequestOutput:
-        if self.error is not None:
-            raise self.error
-        if self._output is None:
-            raise EngineError(f"request {self.request_id} ended without a result")
-        return self._output
-
-    def _publish(self, state: RequestState) -> None:
-        """Called by the engine's thread when the request has moved on. Copies it only if somebody looks."""
-        with self._changed:
-            if not (self._is_watched or state.finished):
-                return
-            self._output = state.output()
-            self._version += 1
-            if state.finished:
-                self.error = state.error
-                self._done = True
-            self._changed.notify_all()
-
-    def _fail(self, error: Exception) -> None:
-        with self._changed:
-            if not self._done:
-                self.error = error
-                self._done = True
-                self._changed.notify_all()
-
-    def _check_process(self) -> None:
-        if os.getpid() != self._pid:
-            raise EngineClosedError(_forked_message(self._pid))
 
 
 class LLM:
@@ -433,7 +338,7 @@ class LLM:
     def _check_open(self) -> None:
         # The process comes first: after a fork the lock may be held by a thread that does not exist here.
         if os.getpid() != self._pid:
-            raise EngineClosedError(_forked_message(self._pid))
+            raise EngineClosedError(forked_message(self._pid))
         with self._lock:
             self._require_engine()
 
@@ -441,13 +346,6 @@ class LLM:
         if self._closed_because is not None or self._engine is None:
             raise EngineClosedError(self._closed_because or "the engine was closed; make a new one")
         return self._engine
-
-
-def _forked_message(pid: int) -> str:
-    return (
-        f"this engine belongs to process {pid} and cannot be used in its fork {os.getpid()}; "
-        "make the engine after the fork, or start processes with the method 'spawn'"
-    )
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

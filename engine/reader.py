@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 from .config import ProcessorConfig
 from .documents.page import MarkdownStream, Page, Usage, build_page
 from .errors import ConfigError, PromptError
+from .handle import RequestHandle
 from .inputs import IMAGE_MARK
-from .llm import LLM, RequestHandle
+from .llm import LLM
 from .types import NgramGuard, RequestOutput, SamplingParams
 from .vision.images import load_image
 from .vision.modes import Mode, default_mode, resolve_mode

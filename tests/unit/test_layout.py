@@ -25,6 +25,7 @@ LAYERS = {
     "core": 5,
     "chat": 5,
     "llm": 5,
+    "handle": 5,
     "reader": 5,
     "doctor": 5,
     "cli": 6,
