@@ -30,9 +30,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except BrokenPipeError:
-        # The reader of our output is gone; what is still buffered must not raise again when the interpreter exits.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        discard_stdout()
         return EXIT_PIPE
+
+
+def discard_stdout() -> None:
+    """The reader of our output is gone: what is still buffered, and what follows, must not raise again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def complain(message: str) -> int:
@@ -53,7 +57,11 @@ def build_parser() -> argparse.ArgumentParser:
     read.add_argument("--prompt", help="prompt text, or the name of one of the checkpoint's prompts")
     read.add_argument("--max-tokens", type=int, help="most tokens to write for a page")
     read.add_argument("--max-crops", type=int, help="most tiles of a page in a tiled mode")
-    read.add_argument("--out", metavar="DIR", help="write result.md, images/, overlay.png and page.json there")
+    read.add_argument(
+        "--out",
+        metavar="DIR",
+        help="write result.md, images/, overlay.png and page.json there; several files: DIR/NAME",
+    )
     read.add_argument("--json", action="store_true", help="print one JSON object a page instead of Markdown")
     read.add_argument("--progress", action=argparse.BooleanOptionalAction, help="progress bar on stderr")
     read.set_defaults(run=run_read)
@@ -165,8 +173,9 @@ def run_modes(args: argparse.Namespace) -> int:
     from .doctor import examine_modes
 
     width, height = parse_size(args.size)
+    modes = examine_modes(args.model, width, height)
     print(f"{'mode':14} {'tiles':>6} {'image tokens':>13}  views, for a page of {width} x {height} pixels")
-    for mode in examine_modes(args.model, width, height):
+    for mode in modes:
         tiles = "x".join(map(str, mode.grid)) if mode.grid != (1, 1) else "none"
         note = " (experimental)" if mode.experimental else ""
         print(f"{mode.name:14} {tiles:>6} {mode.image_tokens:13}  {mode.description}{note}")

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .cli import EXIT_OK, EXIT_REFUSED, complain
+from .cli import EXIT_OK, EXIT_PIPE, EXIT_REFUSED, complain, discard_stdout
 from .errors import PagelensError
 from .reader import BUILTIN_NOTE, PageStream, Reader
 from .types import SamplingParams
@@ -47,7 +47,10 @@ def read_files(args: argparse.Namespace, options: dict[str, Any]) -> int:
                     finish_page(file, stream, args, folders, first=not printed)
                     printed = True
                 except BrokenPipeError:
-                    raise
+                    if args.out is None:
+                        raise
+                    discard_stdout()  # nobody reads it any more, but the folders were asked for
+                    status = EXIT_PIPE
                 except (PagelensError, OSError) as error:
                     report_failure(file, error, args)
                     status = EXIT_REFUSED
@@ -85,22 +88,27 @@ def report_failure(file: str, error: Exception, args: argparse.Namespace) -> Non
 
 def finish_page(file: str, stream: PageStream, args: argparse.Namespace, folders: dict[str, Path], first: bool) -> None:
     """Print one page as it comes and write its folder if --out was given."""
+    try:
+        print_page(file, stream, args, first)
+    finally:  # also when nobody reads stdout: the folder was asked for, and the model has done the work
+        if args.out is not None:
+            Reader.save(stream.result(), file, folders[file])
+    finish_reason = stream.result().finish_reason
+    if finish_reason != "stop":
+        print(f"pagelens: {file}: ended by {finish_reason!r}, the text may be incomplete", file=sys.stderr)
+
+
+def print_page(file: str, stream: PageStream, args: argparse.Namespace, first: bool) -> None:
     if args.json:
-        page = stream.result()
-        print(json.dumps({"file": file, **page.to_dict()}, ensure_ascii=False), flush=True)
-    else:
-        if not first:
-            sys.stdout.write("\n")
-        for piece in stream:
-            sys.stdout.write(piece)
-            sys.stdout.flush()
+        print(json.dumps({"file": file, **stream.result().to_dict()}, ensure_ascii=False), flush=True)
+        return
+    if not first:
         sys.stdout.write("\n")
+    for piece in stream:
+        sys.stdout.write(piece)
         sys.stdout.flush()
-        page = stream.result()
-    if page.finish_reason != "stop":
-        print(f"pagelens: {file}: ended by {page.finish_reason!r}, the text may be incomplete", file=sys.stderr)
-    if args.out is not None:
-        Reader.save(page, file, folders[file])
+    sys.stdout.write("\n")
+    sys.stdout.flush()
 
 
 def output_folders(out: str | None, files: list[str]) -> dict[str, Path]:

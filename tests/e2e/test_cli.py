@@ -143,6 +143,13 @@ def test_a_reader_of_our_output_that_goes_away_is_no_error_of_a_file() -> None:
     assert error_lines(result.stderr) == []
 
 
+def test_folders_are_written_even_if_nobody_reads_stdout(tmp_path: Path) -> None:
+    script = f"$PAGELENS read notice.png notes.png --out {tmp_path} --max-tokens 30 | true; echo ${{PIPESTATUS[0]}}"
+    assert run_command(script).stdout == "1\n"
+    for name in ("notice", "notes"):
+        assert (tmp_path / name / "result.md").read_text(encoding="utf-8").strip(), name
+
+
 def test_a_wrong_instruction_set_is_one_line_everywhere() -> None:
     for command in ("doctor", "read notice.png", "read notice.png --backend reference"):
         result = run_command(f"$PAGELENS {command}", PAGELENS_CPU_ISA="sse9")
