@@ -6,29 +6,34 @@ data is read, so that a wrong checkpoint fails in milliseconds with everything t
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol, overload
 
 import torch
 from torch import Tensor
 
 from ..errors import WeightsError
+from ..quantization import Weight, quantize
 from .strict_json import shown
 
 FLOAT_DTYPES = ("BF16", "F16", "F32")
+QUANTIZED_DTYPES = ("INT4", "INT8", "FP8")  # of a source whose tensors are QuantizedWeight
 MAX_LISTED = 10
+# The file's pages of a source are given back once so many later sources were read: those packed together stay.
+KEPT_PAGES = 4
 
 
 class TensorSource(Protocol):
-    """Tensors by name: a Checkpoint, or RandomWeights."""
+    """Tensors by name: a Checkpoint, a QuantizedCheckpoint, or RandomWeights."""
 
     def names(self) -> list[str]: ...
     def shape(self, name: str) -> tuple[int, ...]: ...
     def dtype(self, name: str) -> str:
-        """Its name in a safetensors file, such as "BF16"."""
+        """Its name in a safetensors file, such as "BF16"; one of QUANTIZED_DTYPES for a QuantizedWeight."""
 
-    def tensor(self, name: str) -> Tensor:
+    def tensor(self, name: str) -> Weight:
         """The values; the caller must not write to them."""
 
     def release(self, name: str) -> None:
@@ -42,11 +47,13 @@ class WeightSpec:
     target   the model's own name for it
     sources  checkpoint tensors it is made of, in the order in which `consume` gets them (one, or several to fuse)
     shapes   the shape each source must have
+    linear   those of the sources that are matrices of linear layers: they may be quantised
     """
 
     target: str
     sources: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
+    linear: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         if len(self.sources) != len(self.shapes) or not self.sources:
@@ -55,35 +62,79 @@ class WeightSpec:
             )
 
 
+QuantizeTo = Literal["int8", "int4"]
+Consume = Callable[[WeightSpec, Sequence[Weight]], None]
+
+
+class SpecTensors(Sequence[Weight]):
+    """The tensors of one spec, read and converted as they are asked for, so that few are in memory at a time."""
+
+    def __init__(
+        self, checkpoint: TensorSource, spec: WeightSpec, dtype: torch.dtype, quantize_to: QuantizeTo | None
+    ) -> None:
+        self._checkpoint, self._spec, self._dtype, self._quantize_to = checkpoint, spec, dtype, quantize_to
+        self._recent: deque[str] = deque()
+
+    def __len__(self) -> int:
+        return len(self._spec.sources)
+
+    @overload
+    def __getitem__(self, index: int) -> Weight: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Weight]: ...
+    def __getitem__(self, index: int | slice) -> Weight | list[Weight]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        name = self._spec.sources[index]
+        tensor = self._checkpoint.tensor(name)
+        self._recent.append(name)
+        if len(self._recent) > KEPT_PAGES:
+            self._checkpoint.release(self._recent.popleft())
+        if isinstance(tensor, Tensor) and self._quantize_to is not None and name in self._spec.linear:
+            tensor = quantize(tensor, self._quantize_to)
+        return tensor.to(self._dtype)
+
+    def release(self) -> None:
+        """Give back the file's pages of everything that was read."""
+        while self._recent:
+            self._checkpoint.release(self._recent.popleft())
+
+
 def load_weights(
     checkpoint: TensorSource,
     specs: Sequence[WeightSpec],
     unused: Iterable[str],
     dtype: torch.dtype,
-    consume: Callable[[WeightSpec, list[Tensor]], None],
+    consume: Consume,
+    quantize_to: QuantizeTo | None = None,
+    quantized_targets: str = "",
 ) -> None:
     """Call `consume(spec, tensors)` for every spec in order, tensors converted to `dtype`.
 
-    unused   tensors that are known and not needed; they may be absent
-    dtype    float32 or bfloat16; sources are bfloat16, float16 or float32
-    consume  gets tensors that are views of the mapped file where no conversion was needed: it must not write to them.
-             Keeping one is allowed (it keeps the file mapped). After it returns, the file's pages are given back, so
-             memory peaks at what `consume` keeps plus the tensors of one spec.
-    Raises   WeightsError listing every missing, left-over, wrongly shaped and wrongly typed tensor (the first ten of
-             each kind), before any data is read.
+    unused             tensors that are known and not needed; they may be absent
+    dtype              float32 or bfloat16; sources are bfloat16, float16, float32, or quantised where the spec allows
+    consume            gets a sequence that reads a tensor when it is asked for it. Tensors are views of the mapped file
+                       where no conversion was needed: it must not write to them. Keeping one is allowed (it keeps the
+                       file mapped). The file's pages are given back soon after a tensor was read, so memory peaks at
+                       what `consume` keeps plus the few tensors that it packs together.
+    quantize_to        linear layers of specs whose target starts with `quantized_targets` are quantised as they are read
+    Raises WeightsError listing every missing, left-over, wrongly shaped and wrongly typed tensor (the first ten of
+    each kind), before any data is read.
     """
     if dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"weights can be loaded as float32 or bfloat16, not {dtype}")
     check_weights(checkpoint, specs, unused)
     for spec in specs:
-        consume(spec, [checkpoint.tensor(source).to(dtype) for source in spec.sources])
-        for source in spec.sources:
-            checkpoint.release(source)
+        chosen = quantize_to if spec.target.startswith(quantized_targets) else None
+        tensors = SpecTensors(checkpoint, spec, dtype, chosen)
+        consume(spec, tensors)
+        tensors.release()
 
 
 def check_weights(checkpoint: TensorSource, specs: Sequence[WeightSpec], unused: Iterable[str]) -> None:
     """Compare names, shapes and dtypes of a checkpoint with what a model declares; raises WeightsError listing all."""
     wanted = {name: shape for spec in specs for name, shape in zip(spec.sources, spec.shapes, strict=True)}
+    not_linear = {name for spec in specs for name in spec.sources if name not in spec.linear}
     present = set(checkpoint.names())
     missing = [shown(name) for name in wanted if name not in present]
     left_over = [shown(name) for name in sorted(present - wanted.keys() - set(unused))]
@@ -93,8 +144,11 @@ def check_weights(checkpoint: TensorSource, specs: Sequence[WeightSpec], unused:
             continue
         if checkpoint.shape(name) != shape:
             wrong_shape.append(f"{shown(name)} is {list(checkpoint.shape(name))}, needs {list(shape)}")
-        if checkpoint.dtype(name) not in FLOAT_DTYPES:
-            wrong_dtype.append(f"{shown(name)} is {checkpoint.dtype(name)}, needs one of {', '.join(FLOAT_DTYPES)}")
+        dtype = checkpoint.dtype(name)
+        if dtype in QUANTIZED_DTYPES and name in not_linear:
+            wrong_dtype.append(f"{shown(name)} is quantised ({dtype}), but only linear layers may be")
+        elif dtype not in FLOAT_DTYPES + QUANTIZED_DTYPES:
+            wrong_dtype.append(f"{shown(name)} is {dtype}, needs one of {', '.join(FLOAT_DTYPES)}")
     kinds = (("missing", missing), ("left over", left_over), ("wrong shape", wrong_shape), ("wrong dtype", wrong_dtype))
     faults = [_listed(kind, entries) for kind, entries in kinds if entries]
     if faults:

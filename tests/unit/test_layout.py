@@ -13,6 +13,7 @@ LAYERS = {
     "types": 0,
     "errors": 0,
     "config": 0,
+    "quantization": 0,
     "loading": 1,
     "text": 1,
     "vision": 1,
