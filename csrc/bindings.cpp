@@ -64,7 +64,7 @@ py::object& closed_error() {
   return *type;
 }
 
-// Packed weights own their memory and keep it while a Python object names them.
+// Packed weights own their memory and keep it while a Python object names them (mapped ones: see `map_*`).
 struct Linear {
   std::shared_ptr<WeightBuffer> memory;
   PackedLinear packed;
@@ -86,68 +86,138 @@ struct Moe {
   }
 };
 
-// (address of weight, address of bias or 0, dtype of bias)
-Linear make_linear(ThreadPool& pool, Address weight, Address bias, int bias_dtype, int64_t n, int64_t k, int dtype) {
-  const DType type = static_cast<DType>(dtype);
-  return locked(pool, [&] {
-    auto memory = std::make_shared<WeightBuffer>(packed_bytes(n, k, type, bias != 0));
-    const PackedLinear packed =
-        pack_linear(pool, at<void>(weight), at<void>(bias), static_cast<DType>(bias_dtype), n, k, type, memory->data());
-    return Linear{memory, packed};
-  });
+// (n, k, dtype, has_bias, format, activation, scale_dtype, group_size, has_zeros, has_order)
+using Shape = std::tuple<int64_t, int64_t, int, bool, int, int, int, int64_t, bool, bool>;
+
+LinearShape linear_shape(const Shape& s) {
+  return {std::get<0>(s),
+          std::get<1>(s),
+          static_cast<DType>(std::get<2>(s)),
+          std::get<3>(s),
+          static_cast<Format>(std::get<4>(s)),
+          static_cast<ActivationFormat>(std::get<5>(s)),
+          static_cast<DType>(std::get<6>(s)),
+          std::get<7>(s),
+          std::get<8>(s),
+          std::get<9>(s)};
 }
 
-size_t swiglu_bytes(int64_t inner, int64_t k, DType dtype) {
-  return packed_bytes((inner + 15) / 16 * 32, k, dtype, false) + packed_bytes(k, inner, dtype, false);
+// Addresses, 0 where there is none: (weight, scales, zeros) of one matrix, or of gate and up; their rows; order; bias
+// and its dtype.
+using Parts = std::array<Address, 3>;
+using Content = std::tuple<Parts, Parts, int64_t, Address, Address, int>;
+
+void fill(ThreadPool& pool, const PackedLinear& packed, const Content& content) {
+  const auto& [first, second, rows, order, bias, bias_dtype] = content;
+  const auto source = [&](int part) { return RowSource{at<void>(first[part]), at<void>(second[part]), rows}; };
+  const DType type = static_cast<DType>(bias_dtype);
+  if (packed.quantized()) {
+    pack_quantized(pool, packed, source(0), source(1), source(2), at<int32_t>(order), at<void>(bias), type);
+  } else {
+    pack_plain(pool, packed, source(0), at<void>(bias), type);
+  }
 }
 
-PackedSwiglu fill_swiglu(ThreadPool& pool, Address gate, Address up, Address down, int64_t inner, int64_t k,
-                         DType dtype, char* to) {
-  PackedSwiglu packed;
-  packed.inner = inner;
-  packed.gate_up = pack_gate_up(pool, at<void>(gate), at<void>(up), inner, k, dtype, to);
-  to += packed_bytes(packed.gate_up.n, k, dtype, false);
-  packed.down = pack_linear(pool, at<void>(down), nullptr, dtype, k, inner, dtype, to);
-  return packed;
+PackedSwiglu place_swiglu(const LinearShape& up, const LinearShape& down, char* memory) {
+  return {place(up, memory), place(down, memory + packed_bytes(up)), down.k};
 }
 
-Swiglu make_swiglu(ThreadPool& pool, Address gate, Address up, Address down, int64_t inner, int64_t k, int dtype) {
-  const DType type = static_cast<DType>(dtype);
-  return locked(pool, [&] {
-    auto memory = std::make_shared<WeightBuffer>(swiglu_bytes(inner, k, type));
-    return Swiglu{memory, fill_swiglu(pool, gate, up, down, inner, k, type, memory->data())};
-  });
+size_t swiglu_bytes(const LinearShape& up, const LinearShape& down) { return packed_bytes(up) + packed_bytes(down); }
+
+LinearShape router_shape(int64_t experts, int64_t width) { return {experts, width, DType::f32}; }
+
+// A layer of `count` experts: the router, then each expert's gate/up and down.
+Moe place_moe(std::shared_ptr<WeightBuffer> memory, int64_t count, const LinearShape& up, const LinearShape& down,
+              std::optional<Swiglu> shared) {
+  Moe moe;
+  moe.memory = std::move(memory);
+  moe.shared = std::move(shared);
+  char* to = moe.memory->data();
+  moe.router = place(router_shape(count, up.k), to);
+  to += packed_bytes(router_shape(count, up.k));
+  for (int64_t e = 0; e < count; e++, to += swiglu_bytes(up, down)) moe.experts.push_back(place_swiglu(up, down, to));
+  return moe;
 }
 
-// The router is float32; experts: (gate, up, down) addresses, all of one size, in one piece of memory.
-Moe make_moe(ThreadPool& pool, Address router, const std::vector<std::array<Address, 3>>& experts,
-             std::optional<Swiglu> shared, int64_t inner, int64_t k, int dtype) {
-  const DType type = static_cast<DType>(dtype);
-  return locked(pool, [&] {
-    const int64_t count = static_cast<int64_t>(experts.size());
-    const size_t router_bytes = packed_bytes(count, k, DType::f32, false), each = swiglu_bytes(inner, k, type);
-    Moe moe;
-    moe.memory = std::make_shared<WeightBuffer>(router_bytes + each * experts.size());
-    moe.shared = std::move(shared);
-    char* to = moe.memory->data();
-    moe.router = pack_linear(pool, at<void>(router), nullptr, DType::f32, count, k, DType::f32, to);
-    to += router_bytes;
-    for (const auto& [gate, up, down] : experts) {
-      moe.experts.push_back(fill_swiglu(pool, gate, up, down, inner, k, type, to));
-      to += each;
-    }
-    return moe;
-  });
+size_t moe_bytes(int64_t count, const LinearShape& up, const LinearShape& down) {
+  return packed_bytes(router_shape(count, up.k)) + static_cast<size_t>(count) * swiglu_bytes(up, down);
+}
+
+// Memory of a file that somebody keeps mapped. Throws std::invalid_argument.
+std::shared_ptr<WeightBuffer> mapped(Address address, size_t bytes, size_t needed) {
+  if (bytes != needed || address % 64)
+    throw std::invalid_argument("packed weights have " + std::to_string(bytes) + " bytes at an address of " +
+                                std::to_string(address % 64) + " modulo 64; needed are " + std::to_string(needed) +
+                                " bytes at a multiple of 64");
+  return std::make_shared<WeightBuffer>(at<char>(address), bytes);
+}
+
+template <class T>
+void bind_memory(py::class_<T>& type) {
+  type.def_property_readonly("num_bytes", [](const T& self) { return self.memory->size(); });
+  type.def_property_readonly(
+      "address", [](const T& self) { return reinterpret_cast<Address>(self.memory->data()); },
+      "Of the packed memory, num_bytes long: what map_* takes.");
 }
 
 void bind_packing(py::module_& m) {
-  const auto bytes = [](const auto& self) { return self.memory->size(); };
-  py::class_<Linear>(m, "Linear").def_property_readonly("num_bytes", [bytes](const Linear& l) { return bytes(l); });
-  py::class_<Swiglu>(m, "Swiglu").def_property_readonly("num_bytes", [bytes](const Swiglu& s) { return bytes(s); });
-  py::class_<Moe>(m, "Moe").def_property_readonly("num_bytes", [bytes](const Moe& e) { return bytes(e); });
-  m.def("pack_linear", &make_linear);
-  m.def("pack_swiglu", &make_swiglu);
-  m.def("pack_moe", &make_moe);
+  py::class_<Linear> linear(m, "Linear");
+  py::class_<Swiglu> swiglu(m, "Swiglu");
+  py::class_<Moe> moe(m, "Moe");
+  bind_memory(linear);
+  bind_memory(swiglu);
+  bind_memory(moe);
+  m.def("pack_linear", [](ThreadPool& pool, const Shape& shape, const Content& content) {
+    const LinearShape s = linear_shape(shape);
+    return locked(pool, [&] {
+      auto memory = std::make_shared<WeightBuffer>(packed_bytes(s));
+      const PackedLinear packed = place(s, memory->data());
+      fill(pool, packed, content);
+      return Linear{memory, packed};
+    });
+  });
+  m.def("pack_swiglu",
+        [](ThreadPool& pool, const Shape& up, const Content& gate_up, const Shape& down, const Content& content) {
+          const LinearShape u = linear_shape(up), d = linear_shape(down);
+          return locked(pool, [&] {
+            auto memory = std::make_shared<WeightBuffer>(swiglu_bytes(u, d));
+            const PackedSwiglu packed = place_swiglu(u, d, memory->data());
+            fill(pool, packed.gate_up, gate_up);
+            fill(pool, packed.down, content);
+            return Swiglu{memory, packed};
+          });
+        });
+  m.def("new_moe", [](ThreadPool& pool, Address router, int64_t count, const Shape& up, const Shape& down,
+                      std::optional<Swiglu> shared) {
+    const LinearShape u = linear_shape(up), d = linear_shape(down);
+    return locked(pool, [&] {
+      Moe layer = place_moe(std::make_shared<WeightBuffer>(moe_bytes(count, u, d)), count, u, d, std::move(shared));
+      fill(pool, layer.router, {{router, 0, 0}, {0, 0, 0}, count, 0, 0, 0});
+      return layer;
+    });
+  });
+  m.def("fill_expert", [](ThreadPool& pool, Moe& layer, int64_t e, const Content& gate_up, const Content& down) {
+    const PackedSwiglu& expert = layer.experts.at(static_cast<size_t>(e));
+    locked(pool, [&] {
+      fill(pool, expert.gate_up, gate_up);
+      fill(pool, expert.down, down);
+    });
+  });
+  m.def("map_linear", [](const Shape& shape, Address address, size_t bytes) {
+    const LinearShape s = linear_shape(shape);
+    auto memory = mapped(address, bytes, packed_bytes(s));
+    return Linear{memory, place(s, memory->data())};
+  });
+  m.def("map_swiglu", [](const Shape& up, const Shape& down, Address address, size_t bytes) {
+    const LinearShape u = linear_shape(up), d = linear_shape(down);
+    auto memory = mapped(address, bytes, swiglu_bytes(u, d));
+    return Swiglu{memory, place_swiglu(u, d, memory->data())};
+  });
+  m.def("map_moe", [](int64_t count, const Shape& up, const Shape& down, std::optional<Swiglu> shared, Address address,
+                      size_t bytes) {
+    const LinearShape u = linear_shape(up), d = linear_shape(down);
+    return place_moe(mapped(address, bytes, moe_bytes(count, u, d)), count, u, d, std::move(shared));
+  });
 }
 
 void bind_rows(py::module_& m) {

@@ -13,6 +13,8 @@ namespace pagelens {
 class WeightBuffer {
  public:
   explicit WeightBuffer(size_t bytes);  // throws std::bad_alloc
+  // Memory of somebody else, who keeps it for as long as this object lives.
+  WeightBuffer(char* data, size_t bytes) : data_(data), size_(bytes), owned_(false) {}
   ~WeightBuffer();
   WeightBuffer(const WeightBuffer&) = delete;
   WeightBuffer& operator=(const WeightBuffer&) = delete;
@@ -22,14 +24,42 @@ class WeightBuffer {
  private:
   char* data_ = nullptr;
   size_t size_ = 0;
+  bool owned_ = true;
 };
 
-// weight: [n, k] contiguous, bias: [n] of `bias_dtype` or null; `to`: room for packed_bytes(n, k, dtype, bias).
-size_t packed_bytes(int64_t n, int64_t k, DType dtype, bool with_bias);
-PackedLinear pack_linear(ThreadPool& pool, const void* weight, const void* bias, DType bias_dtype, int64_t n, int64_t k,
-                         DType dtype, char* to);
-// gate, up: [inner, k] contiguous -> a packed linear of 32 * ceil(inner/16) rows, see PackedSwiglu.
-PackedLinear pack_gate_up(ThreadPool& pool, const void* gate, const void* up, int64_t inner, int64_t k, DType dtype,
-                          char* to);
+// Everything but the numbers of a packed linear layer. Its parts lie one after another in one piece of memory, each on
+// a 64-byte line: weight, scales, zeros, order, bias.
+struct LinearShape {
+  int64_t n = 0, k = 0;
+  DType dtype = DType::f32;
+  bool has_bias = false;
+  Format format = Format::plain;
+  ActivationFormat activation = ActivationFormat::plain;
+  DType scale_dtype = DType::f32;
+  int64_t group_size = 1;
+  bool has_zeros = false, has_order = false;
+};
+
+size_t packed_bytes(const LinearShape& shape);
+PackedLinear place(const LinearShape& shape, char* memory);  // `memory` is on a 64-byte line
+
+// Rows of a matrix: row r of the packed weight is row(r), or zeros where that is -1. `halves`: columns 0..15 of a panel
+// are rows of `first`, columns 16..31 the same rows of `second` (gate and up).
+struct RowSource {
+  const void* first = nullptr;
+  const void* second = nullptr;  // null: all rows are of `first`
+  int64_t rows = 0;              // of each
+};
+inline int64_t packed_rows(const RowSource& source) {
+  return source.second ? (source.rows + 15) / 16 * 32 : source.rows;
+}
+
+// Both write to where `packed` points.
+// weight: [rows, k] contiguous of packed.dtype; bias: [n] of `bias_dtype` or null.
+void pack_plain(ThreadPool& pool, const PackedLinear& packed, const RowSource& weight, const void* bias,
+                DType bias_dtype);
+// values: [rows, k] bytes (int4: -8..7 as int8); scales: [rows, G] of packed.scale_dtype; zeros: [rows, G] int16.
+void pack_quantized(ThreadPool& pool, const PackedLinear& packed, const RowSource& values, const RowSource& scales,
+                    const RowSource& zeros, const int32_t* order, const void* bias, DType bias_dtype);
 
 }  // namespace pagelens

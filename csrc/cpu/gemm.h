@@ -6,34 +6,15 @@
 #include <algorithm>
 
 #include "common/thread_pool.h"
+#include "cpu/quantized.h"
 #include "cpu/tile.h"
 
 namespace pagelens::PAGELENS_ISA {
-
-// Rows of a matrix, or those that `index` names: row i is base + (index ? index[i] / divisor : i) * stride.
-struct Source {
-  const void* data = nullptr;
-  int64_t stride = 0;
-  DType dtype = DType::f32;
-  const int32_t* index = nullptr;
-  int64_t divisor = 1;
-
-  const void* row(int64_t i) const {
-    const int64_t at = (index ? index[i] / divisor : i) * stride;
-    return static_cast<const char*>(data) + at * (dtype == DType::f32 ? 4 : 2);
-  }
-};
 
 struct Problem {
   Source x;
   PackedLinear weight;
   int64_t rows = 0;
-};
-
-struct Block {
-  int32_t problem = 0;
-  int32_t row = 0, rows = 0;
-  int32_t panel = 0, panels = 0;
 };
 
 constexpr int64_t kGroupsAPass = 384;  // of K: a slab of 48 KB of weights
@@ -46,8 +27,6 @@ struct Cut {
   int64_t row_blocks = 0, panel_blocks = 0;
   int64_t count() const { return row_blocks * panel_blocks; }
 };
-
-PAGELENS_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 PAGELENS_INLINE Cut cut(const Problem& p) {
   if (p.rows == 0 || p.weight.n == 0) return {};
@@ -81,7 +60,11 @@ PAGELENS_INLINE void pack_row_pairs(const bf16* x, int64_t k, int R, uint32_t* t
   if (k % 2) to[k / 2 * R] = x[k - 1];
 }
 
-PAGELENS_INLINE void pack_tile(const Source& x, const PackedLinear& w, int64_t row, int R, uint32_t* to) {
+PAGELENS_INLINE void pack_tile(const Source& x, const PackedLinear& w, int64_t row, int R, uint32_t* to, float* sides) {
+  if (w.quantized()) {
+    pack_quantized_tile(x, w, row, R, to, sides);
+    return;
+  }
   for (int r = 0; r < R; r++) {
     const void* from = x.row(row + r);
     if (kBf16Dot && w.dtype == DType::bf16) {
@@ -100,11 +83,10 @@ PAGELENS_INLINE void pack_tile(const Source& x, const PackedLinear& w, int64_t r
 
 // A single row needs no packing where its words already lie as the tile wants them.
 PAGELENS_INLINE bool lies_packed(const Source& x, const PackedLinear& w) {
+  if (w.quantized())
+    return !w.order && !side_floats(w) && w.k % 8 == 0 && x.dtype == w.dtype && tile_dtype(w) == w.dtype;
   return w.dtype == DType::f32 ? x.dtype == DType::f32 : kBf16Dot && w.k % 2 == 0;
 }
-
-// Rows of tile t of `tiles` in a block: as equal as they can be.
-PAGELENS_INLINE int64_t tile_start(int64_t rows, int64_t tiles, int64_t t) { return rows * t / tiles; }
 
 template <class Epilogue>
 inline void run_block(const Problem& p, const Block& b, const uint32_t* a, float* sums, Epilogue& epilogue) {
@@ -131,13 +113,17 @@ inline void run_block(const Problem& p, const Block& b, const uint32_t* a, float
 template <class BlockAt, class Epilogue>
 inline void gemm(ThreadPool& pool, const Problem* problems, int64_t num_problems, int64_t blocks, BlockAt&& at,
                  Epilogue&& epilogue) {
-  int64_t words = 0, rows = 0;
+  int64_t words = 0, rows = 0, sides = 0;
   for (int64_t i = 0; i < num_problems; i++) {
     words = std::max(words, words_a_row(problems[i].weight));
+    sides = std::max(sides, side_floats(problems[i].weight));
     rows = std::max(rows, std::min(problems[i].rows, kMaxBlockRows));
   }
-  const size_t packed_bytes = static_cast<size_t>((rows * words + 15) / 16 * 64);
-  pool.reserve_local(packed_bytes + static_cast<size_t>(rows * kPanel * kMaxBlockPanels * 4));
+  const auto line = [](int64_t floats) { return (floats + 15) / 16 * 16; };
+  // Of each thread: packed rows, what a quantised weight wants of them beside, sums, scratch of a quantised block.
+  const int64_t side_at = line(rows * words), sums_at = side_at + line(rows * sides);
+  const int64_t sum_floats = std::max(rows * kPanel * kMaxBlockPanels, quantized_scratch(rows));
+  pool.reserve_local(static_cast<size_t>(sums_at + sum_floats) * 4);
   struct Packed {
     int32_t problem = -1, row = -1;
   } have[ThreadPool::kMaxThreads];
@@ -146,7 +132,8 @@ inline void gemm(ThreadPool& pool, const Problem* problems, int64_t num_problems
     const Block b = at(i);
     const Problem& p = problems[b.problem];
     uint32_t* packed = static_cast<uint32_t*>(pool.local(thread));
-    float* sums = reinterpret_cast<float*>(static_cast<char*>(pool.local(thread)) + packed_bytes);
+    float* side = static_cast<float*>(pool.local(thread)) + side_at;
+    float* sums = static_cast<float*>(pool.local(thread)) + sums_at;
     const uint32_t* a = packed;
     if (b.rows == 1 && lies_packed(p.x, p.weight)) {
       a = static_cast<const uint32_t*>(p.x.row(b.row));
@@ -154,11 +141,16 @@ inline void gemm(ThreadPool& pool, const Problem* problems, int64_t num_problems
       const int64_t tiles = ceil_div(b.rows, kMaxTileRows), width = words_a_row(p.weight);
       for (int64_t t = 0; t < tiles; t++) {
         const int64_t r0 = tile_start(b.rows, tiles, t), r1 = tile_start(b.rows, tiles, t + 1);
-        pack_tile(p.x, p.weight, b.row + r0, static_cast<int>(r1 - r0), packed + r0 * width);
+        pack_tile(p.x, p.weight, b.row + r0, static_cast<int>(r1 - r0), packed + r0 * width,
+                  side + r0 * side_floats(p.weight));
       }
       have[thread] = {b.problem, b.row};
     }
-    run_block(p, b, a, sums, epilogue);
+    if (p.weight.quantized()) {
+      run_quantized_block(p.weight, b, a, side, sums, epilogue);
+    } else {
+      run_block(p, b, a, sums, epilogue);
+    }
   });
 }
 

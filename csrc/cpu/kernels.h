@@ -11,7 +11,9 @@ namespace pagelens {
 
 class ThreadPool;
 
-enum class DType : int { f32 = 0, bf16 = 1 };
+enum class DType : int { f32 = 0, bf16 = 1, f16 = 2 };  // f16: scales only
+enum class Format : int { plain = 0, int4 = 1, int8 = 2, fp8 = 3 };
+enum class ActivationFormat : int { plain = 0, int8 = 1, fp8 = 2 };
 enum class Activation : int { none = 0, gelu = 1, quick_gelu = 2, silu = 3 };
 
 // A matrix with contiguous rows; `stride` is the distance of two rows.
@@ -23,18 +25,36 @@ struct Rows {
   DType dtype = DType::f32;
 };
 
-// weight [n, k] packed for every instruction set alike: [ceil(n/32)] panels of [groups][32] 4-byte words. A group is
-// one float32, or two bfloat16 (k even in the low half; an odd k is padded with 0). bias: [panels*32] float32 or null.
+// weight [n, k] packed for every instruction set alike: [ceil(n/32)] panels of [words][32] 4-byte words. A plain word
+// is one float32, or two bfloat16 (k even in the low half; an odd k is padded with 0). bias: [panels*32] float32 or
+// null.
+//
+// Quantised: W[n, order[k]] = (q[n, k] - zero[n, g]) * scale[n, g], g = k / group_size. A word holds, of one column,
+// 8 int4 (q + 8; the even k in the low half, 4 bits each, the odd k in the high half) or 4 int8 or fp8 (even k in the
+// bytes 0 and 1, odd k in the bytes 2 and 3); the padding is 0. scales, zeros: [panels][G][32]. order: [k] or null.
+// group_size is a multiple of 8, or there is one group.
 struct PackedLinear {
   const void* weight = nullptr;
   const float* bias = nullptr;
   int64_t n = 0;
   int64_t k = 0;
-  DType dtype = DType::f32;
+  DType dtype = DType::f32;  // of the activations, and of plain weights
+  Format format = Format::plain;
+  ActivationFormat activation = ActivationFormat::plain;  // how each row of x is rounded first
+  DType scale_dtype = DType::f32;
+  int64_t group_size = 1;
+  const void* scales = nullptr;
+  const int16_t* zeros = nullptr;
+  const int32_t* order = nullptr;
 
-  int64_t groups() const { return dtype == DType::f32 ? k : (k + 1) / 2; }
+  bool quantized() const { return format != Format::plain; }
   int64_t panels() const { return (n + 31) / 32; }
+  // k in one word of a panel
+  int64_t k_a_word() const { return format == Format::int4 ? 8 : quantized() ? 4 : dtype == DType::f32 ? 1 : 2; }
+  // Words a column of a panel; for plain weights these are the groups of a tile (cpu/tile.h).
+  int64_t groups() const { return (k + k_a_word() - 1) / k_a_word(); }
   int64_t panel_words() const { return groups() * 32; }
+  int64_t scale_groups() const { return quantized() ? (k + group_size - 1) / group_size : 0; }
 };
 
 // SwiGLU feed-forward: in gate_up panel p holds gate rows 16p..16p+15, then the same up rows (both padded with zeros).

@@ -23,13 +23,44 @@ constexpr bool kBf16Dot =
 constexpr bool kBf16Dot = false;
 #endif
 
-// 4-byte words of packed activations a row has for a weight of this dtype.
+// What the tile of a weight multiplies: pairs of bfloat16, or floats.
+PAGELENS_INLINE DType tile_dtype(const PackedLinear& w) {
+  return w.dtype == DType::bf16 && (kBf16Dot || !w.quantized()) ? DType::bf16 : DType::f32;
+}
+
+// 4-byte words of packed activations a row has for a weight.
 PAGELENS_INLINE int64_t words_a_row(const PackedLinear& w) {
+  if (w.quantized()) return (w.k + 7) / 8 * (tile_dtype(w) == DType::bf16 ? 4 : 8);
   return w.dtype == DType::bf16 && !kBf16Dot ? 2 * w.groups() : w.groups();
 }
 
 // a: packed rows [words][R]; w: `groups` groups of one panel; acc: [R][32], overwritten if `first`, else added to.
 using TileFn = void (*)(const void* a, const void* w, int64_t groups, float* acc, bool first);
 TileFn tile_fn(DType weight_dtype, int rows);  // 1 <= rows <= kMaxTileRows
+
+// Rows of a matrix, or those that `index` names: row i is base + (index ? index[i] / divisor : i) * stride.
+struct Source {
+  const void* data = nullptr;
+  int64_t stride = 0;
+  DType dtype = DType::f32;
+  const int32_t* index = nullptr;
+  int64_t divisor = 1;
+
+  const void* row(int64_t i) const {
+    const int64_t at = (index ? index[i] / divisor : i) * stride;
+    return static_cast<const char*>(data) + at * (dtype == DType::f32 ? 4 : 2);
+  }
+};
+
+struct Block {
+  int32_t problem = 0;
+  int32_t row = 0, rows = 0;
+  int32_t panel = 0, panels = 0;
+};
+
+PAGELENS_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Rows of tile t of `tiles` in a block: as equal as they can be.
+PAGELENS_INLINE int64_t tile_start(int64_t rows, int64_t tiles, int64_t t) { return rows * t / tiles; }
 
 }  // namespace pagelens::PAGELENS_ISA

@@ -48,18 +48,23 @@ class WeightSpec:
     sources  checkpoint tensors it is made of, in the order in which `consume` gets them (one, or several to fuse)
     shapes   the shape each source must have
     linear   those of the sources that are matrices of linear layers: they may be quantised
+    kept     those of `linear` that quantising on load leaves as they are
     """
 
     target: str
     sources: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
     linear: frozenset[str] = frozenset()
+    kept: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         if len(self.sources) != len(self.shapes) or not self.sources:
             raise ValueError(
                 f"WeightSpec {self.target!r} has {len(self.sources)} sources and {len(self.shapes)} shapes"
             )
+
+    def is_quantized_on_load(self, source: str) -> bool:
+        return source in self.linear and source not in self.kept
 
 
 QuantizeTo = Literal["int8", "int4"]
@@ -90,7 +95,7 @@ class SpecTensors(Sequence[Weight]):
         self._recent.append(name)
         if len(self._recent) > KEPT_PAGES:
             self._checkpoint.release(self._recent.popleft())
-        if isinstance(tensor, Tensor) and self._quantize_to is not None and name in self._spec.linear:
+        if isinstance(tensor, Tensor) and self._quantize_to is not None and self._spec.is_quantized_on_load(name):
             tensor = quantize(tensor, self._quantize_to)
         return tensor.to(self._dtype)
 

@@ -15,9 +15,10 @@ from torch import Tensor
 from ..config import DecoderConfig, MoeConfig
 from ..errors import ShapeError
 from ..ops import OpCase, Ops, RopeTable
+from ..quantization import Weight
 from ..types import ForwardBatch, KVCacheView
 from .rope import rope_table
-from .weight_map import Part, fused_linear_part, linear_part, part, swiglu_shapes, tensor_part
+from .weight_map import Part, fused_linear_part, linear_part, part, plain, swiglu_shapes, tensor_part
 from .workspace import Workspace
 
 Stages = Callable[[str, Tensor], None]
@@ -33,8 +34,9 @@ def decoder_parts(config: DecoderConfig, prefix: str = "model", stacked_experts:
         tensor_part("decoder.embed", f"{prefix}.embed_tokens.weight", (vocab, c)),
         tensor_part("decoder.norm", f"{prefix}.norm.weight", (c,)),
     ]
-    if not config.tie_word_embeddings:
-        parts.append(linear_part("decoder.lm_head", "lm_head", vocab, c, bias=False))
+    # A tied head is packed from the table's tensor: the table itself stays as it is for look-ups.
+    head = f"{prefix}.embed_tokens" if config.tie_word_embeddings else "lm_head"
+    parts.append(linear_part("decoder.lm_head", head, vocab, c, bias=False))
     outs = [config.num_heads * d, config.num_kv_heads * d, config.num_kv_heads * d]
     for i in range(config.num_layers):
         to, of = f"decoder.{i}", f"{prefix}.layers.{i}"
@@ -53,7 +55,7 @@ def decoder_parts(config: DecoderConfig, prefix: str = "model", stacked_experts:
             parts.append(make(f"{to}.ffn", f"{of}.mlp", c, config.moe))
         else:
             shapes = swiglu_shapes(f"{of}.mlp", c, config.intermediate_size)
-            parts.append(part(f"{to}.ffn", shapes, lambda ops, tensors: ops.pack_swiglu(*tensors)))
+            parts.append(part(f"{to}.ffn", shapes, lambda ops, tensors: ops.pack_swiglu(*tensors), linear=shapes))
     return parts
 
 
@@ -72,12 +74,14 @@ def moe_part(target: str, prefix: str, width: int, moe: MoeConfig | None) -> Par
         shapes |= swiglu_shapes(f"{prefix}.shared_experts", width, moe.shared_intermediate_size)
     end = 1 + 3 * moe.num_experts
 
-    def pack(ops: Ops, tensors: Sequence[Tensor]) -> Any:
+    def pack(ops: Ops, tensors: Sequence[Weight]) -> Any:
         shared = ops.pack_swiglu(*tensors[end:]) if len(tensors) > end else None
-        experts = tensors[1:end]
-        return ops.pack_moe(tensors[0], list(experts[0::3]), list(experts[1::3]), list(experts[2::3]), shared)
+        # Read as they are packed: a layer's experts never lie in memory all at once.
+        experts = ((tensors[i], tensors[i + 1], tensors[i + 2]) for i in range(1, end, 3))
+        return ops.pack_moe(plain(tensors[0]), experts, shared)
 
-    return part(target, shapes, pack)
+    # A router decides between experts: it is never quantised here, but a file may hold a quantised one.
+    return part(target, shapes, pack, linear=shapes, kept=[f"{prefix}.gate.weight"])
 
 
 def stacked_moe_part(target: str, prefix: str, width: int, moe: MoeConfig | None) -> Part:
@@ -91,9 +95,9 @@ def stacked_moe_part(target: str, prefix: str, width: int, moe: MoeConfig | None
         f"{prefix}.experts.down_proj": (experts, width, inner),
     }
 
-    def pack(ops: Ops, tensors: Sequence[Tensor]) -> Any:
-        router, gate_up, down = tensors
-        return ops.pack_moe(router, list(gate_up[:, :inner]), list(gate_up[:, inner:]), list(down), None)
+    def pack(ops: Ops, tensors: Sequence[Weight]) -> Any:
+        router, gate_up, down = (plain(tensor) for tensor in tensors)
+        return ops.pack_moe(router, zip(gate_up[:, :inner], gate_up[:, inner:], down), None)
 
     return part(target, shapes, pack)
 
@@ -159,7 +163,7 @@ class DecoderLayer:
         normed = scratch.take("normed", (n, cfg.hidden_size), x.dtype)
         ops.rms_norm(x, self._input_norm, cfg.rms_norm_eps, out=normed)
         width = (cfg.num_heads + 2 * cfg.num_kv_heads) * cfg.head_dim
-        qkv = ops.linear(normed, self._qkv, out=scratch.take("qkv", (n, width), x.dtype))
+        qkv = self._qkv.apply(ops, normed, scratch.take("qkv", (n, width), x.dtype))
         q = ops.qk_norm_rope_store(
             qkv,
             batch.positions,
@@ -194,7 +198,7 @@ class Decoder:
         self._ops = ops
         self._embed: Tensor = packed["decoder.embed"]
         self._norm: Tensor = packed["decoder.norm"]
-        self._lm_head = ops.pack_linear(self._embed) if config.tie_word_embeddings else packed["decoder.lm_head"]
+        self._lm_head = packed["decoder.lm_head"]
         self._layers = [DecoderLayer(config, i, packed, ops) for i in range(config.num_layers)]
         self._rope = rope_table(config)
         self._scratch = Workspace(self._embed.device)

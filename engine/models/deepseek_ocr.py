@@ -15,15 +15,16 @@ from torch import Tensor
 from ..config import DeepseekOcrConfig
 from ..errors import ShapeError
 from ..loading.model_config import read_model_config
-from ..loading.weights import TensorSource, WeightSpec, load_weights
+from ..loading.weights import QuantizeTo, TensorSource, WeightSpec
 from ..ops import OpCase, Ops
+from ..quantization import Weight
 from ..types import ForwardBatch, KVCacheView
 from ..vision.layout import build_rows
 from . import clip
 from .clip import ClipTower, clip_cases, clip_parts
 from .decoder import Decoder, decoder_cases, decoder_parts
 from .sam import SamTower, sam_cases, sam_parts
-from .weight_map import Part, linear_part, pack_parts, tensor_part
+from .weight_map import Part, linear_part, load_parts, pack_parts, tensor_part
 
 if TYPE_CHECKING:
     from ..vision.tiling import TilePlan
@@ -133,24 +134,30 @@ class DeepseekOcr:
         return [*cases, *decoder_cases(config.decoder, dtype)]
 
     @classmethod
-    def load(cls, checkpoint: TensorSource, config: DeepseekOcrConfig, dtype: torch.dtype, ops: Ops) -> DeepseekOcr:
-        """Pack every tensor as it is read. Raises WeightsError listing what does not fit."""
-        parts = {p.spec.target: p for p in cls.parts(config)}
-        packed: dict[str, Any] = {}
-
-        def consume(spec: WeightSpec, tensors: list[Tensor]) -> None:
-            packed[spec.target] = parts[spec.target].pack(ops, tensors)
-
-        load_weights(checkpoint, [p.spec for p in parts.values()], cls.UNUSED, dtype, consume)
-        return cls(config, packed, dtype, ops)
+    def load(
+        cls,
+        checkpoint: TensorSource,
+        config: DeepseekOcrConfig,
+        dtype: torch.dtype,
+        ops: Ops,
+        quantize_to: QuantizeTo | None = None,
+    ) -> DeepseekOcr:
+        """Pack every tensor as it is read; see load_parts. Raises WeightsError listing what does not fit."""
+        parts = cls.parts(config)
+        return cls(config, load_parts(checkpoint, parts, cls.UNUSED, dtype, ops, quantize_to), dtype, ops)
 
     @classmethod
     def from_tensors(
-        cls, config: DeepseekOcrConfig, tensors: Mapping[str, Tensor], dtype: torch.dtype, ops: Ops
+        cls,
+        config: DeepseekOcrConfig,
+        tensors: Mapping[str, Weight],
+        dtype: torch.dtype,
+        ops: Ops,
+        quantize_to: QuantizeTo | None = None,
     ) -> DeepseekOcr:
         """The same from tensors in memory, by checkpoint name. Raises WeightsError listing what does not fit."""
         used = {name: tensor for name, tensor in tensors.items() if name not in cls.UNUSED}
-        return cls(config, pack_parts(cls.parts(config), used, dtype, ops), dtype, ops)
+        return cls(config, pack_parts(cls.parts(config), used, dtype, ops, quantize_to), dtype, ops)
 
     # ---- forward ---------------------------------------------------------------------------------------------------
     def encode_image(self, views: Views, plan: TilePlan, stages: Stages | None = None) -> Tensor:

@@ -14,11 +14,12 @@ from torch import Tensor
 
 from ..config import TextModelConfig
 from ..loading.qwen3_config import read_text_config
-from ..loading.weights import TensorSource, WeightSpec, load_weights
+from ..loading.weights import QuantizeTo, TensorSource, WeightSpec
 from ..ops import OpCase, Ops
+from ..quantization import Weight
 from ..types import ForwardBatch, KVCacheView
 from .decoder import Decoder, decoder_cases, decoder_parts
-from .weight_map import Part, pack_parts
+from .weight_map import Part, load_parts, pack_parts
 
 Stages = Callable[[str, Tensor], None]
 STACKED_EXPERTS = ".mlp.experts.gate_up_proj"
@@ -60,26 +61,32 @@ class TextModel:
         return decoder_cases(config.decoder, dtype)
 
     @classmethod
-    def load(cls, checkpoint: TensorSource, config: TextModelConfig, dtype: torch.dtype, ops: Ops) -> TextModel:
-        """Pack every tensor as it is read. Raises WeightsError listing what does not fit."""
-        parts = {p.spec.target: p for p in cls.parts(config, _is_stacked(checkpoint.names()))}
-        packed: dict[str, Any] = {}
-
-        def consume(spec: WeightSpec, tensors: list[Tensor]) -> None:
-            packed[spec.target] = parts[spec.target].pack(ops, tensors)
-
-        load_weights(checkpoint, [p.spec for p in parts.values()], cls.unused(config), dtype, consume)
-        return cls(config, packed, dtype, ops)
+    def load(
+        cls,
+        checkpoint: TensorSource,
+        config: TextModelConfig,
+        dtype: torch.dtype,
+        ops: Ops,
+        quantize_to: QuantizeTo | None = None,
+    ) -> TextModel:
+        """Pack every tensor as it is read; see load_parts. Raises WeightsError listing what does not fit."""
+        parts = cls.parts(config, _is_stacked(checkpoint.names()))
+        return cls(config, load_parts(checkpoint, parts, cls.unused(config), dtype, ops, quantize_to), dtype, ops)
 
     @classmethod
     def from_tensors(
-        cls, config: TextModelConfig, tensors: Mapping[str, Tensor], dtype: torch.dtype, ops: Ops
+        cls,
+        config: TextModelConfig,
+        tensors: Mapping[str, Weight],
+        dtype: torch.dtype,
+        ops: Ops,
+        quantize_to: QuantizeTo | None = None,
     ) -> TextModel:
         """The same from tensors in memory, by checkpoint name. Raises WeightsError listing what does not fit."""
         unused = set(cls.unused(config))
         used = {name: tensor for name, tensor in tensors.items() if name not in unused}
         parts = cls.parts(config, _is_stacked(used))
-        return cls(config, pack_parts(parts, used, dtype, ops), dtype, ops)
+        return cls(config, pack_parts(parts, used, dtype, ops, quantize_to), dtype, ops)
 
     # ---- forward ---------------------------------------------------------------------------------------------------
     def forward(self, batch: ForwardBatch, kv: KVCacheView, stages: Stages | None = None) -> Tensor:

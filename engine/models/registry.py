@@ -9,7 +9,7 @@ import torch
 
 from ..errors import ConfigError
 from ..loading.config_reader import ConfigReader
-from ..loading.weights import TensorSource, WeightSpec
+from ..loading.weights import QuantizeTo, TensorSource, WeightSpec
 from ..ops import OpCase, Ops
 from .deepseek_ocr import DeepseekOcr
 from .qwen3 import TextModel
@@ -23,7 +23,14 @@ class ModelClass(Protocol):
 
     def weight_specs(self, config: Any) -> list[WeightSpec]: ...
     def op_cases(self, config: Any, dtype: torch.dtype) -> list[OpCase]: ...
-    def load(self, checkpoint: TensorSource, config: Any, dtype: torch.dtype, ops: Ops) -> Any: ...
+    def load(
+        self,
+        checkpoint: TensorSource,
+        config: Any,
+        dtype: torch.dtype,
+        ops: Ops,
+        quantize_to: QuantizeTo | None = None,
+    ) -> Any: ...
 
 
 MODELS: dict[str, ModelClass] = {

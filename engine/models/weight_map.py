@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from ..errors import WeightsError
-from ..loading.weights import WeightSpec
+from ..loading.weights import QuantizeTo, TensorSource, WeightSpec, load_weights
 from ..ops import Ops
+from ..quantization import Weight, quantize, stack_rows
 
-Pack = Callable[[Ops, Sequence[Tensor]], Any]
+Pack = Callable[[Ops, Sequence[Any]], Any]
 Shape = tuple[int, ...]
 
 
@@ -36,9 +37,20 @@ class Norm(NamedTuple):
     bias: Tensor
 
 
-def part(target: str, tensors: Mapping[str, Shape], pack: Pack) -> Part:
-    """A part made of `tensors` (checkpoint name -> shape), handed to `pack` in that order."""
-    return Part(WeightSpec(target, tuple(tensors), tuple(tensors.values())), pack)
+def part(
+    target: str, tensors: Mapping[str, Shape], pack: Pack, linear: Iterable[str] = (), kept: Iterable[str] = ()
+) -> Part:
+    """A part made of `tensors` (checkpoint name -> shape), handed to `pack` in that order.
+
+    linear  those that may be quantised; `pack` gets a QuantizedWeight then
+    kept    those of them that quantising on load leaves as they are
+    """
+    return Part(WeightSpec(target, tuple(tensors), tuple(tensors.values()), frozenset(linear), frozenset(kept)), pack)
+
+
+def plain(weight: Weight) -> Tensor:
+    """A weight as a tensor: a quantised one is computed, in the dtype it is multiplied in."""
+    return weight if isinstance(weight, Tensor) else weight.float().to(weight.dtype)
 
 
 def tensor_part(target: str, name: str, shape: Shape) -> Part:
@@ -54,16 +66,43 @@ def norm_part(target: str, prefix: str, width: int) -> Part:
 
 def linear_part(target: str, prefix: str, out_features: int, in_features: int, bias: bool) -> Part:
     """One linear layer."""
-    shapes: dict[str, Shape] = {f"{prefix}.weight": (out_features, in_features)}
+    weight = f"{prefix}.weight"
+    shapes: dict[str, Shape] = {weight: (out_features, in_features)}
     if bias:
         shapes[f"{prefix}.bias"] = (out_features,)
-    return part(target, shapes, lambda ops, tensors: ops.pack_linear(*tensors))
+    return part(target, shapes, lambda ops, tensors: ops.pack_linear(*tensors), linear=[weight])
+
+
+class FusedLinear(NamedTuple):
+    """Linear layers that read the same input: packed ones and the columns of the result that each of them gives.
+
+    One, but where a checkpoint quantised them in ways that do not fit together.
+    """
+
+    packed: tuple[Any, ...]
+    columns: tuple[slice, ...]
+
+    def apply(self, ops: Ops, x: Tensor, out: Tensor) -> Tensor:
+        """out [N, sum of all out_features] = x times each."""
+        for packed, columns in zip(self.packed, self.columns):
+            ops.linear(x, packed, out=out[:, columns] if len(self.packed) > 1 else out)
+        return out
 
 
 def fused_linear_part(target: str, prefixes: Sequence[str], out_features: Sequence[int], in_features: int) -> Part:
     """Several linear layers without bias that read the same input, packed as one."""
     shapes = {f"{p}.weight": (o, in_features) for p, o in zip(prefixes, out_features)}
-    return part(target, shapes, lambda ops, tensors: ops.pack_linear(torch.cat(list(tensors))))
+
+    def pack(ops: Ops, tensors: Sequence[Weight]) -> FusedLinear:
+        weights = list(tensors)
+        whole = stack_rows(weights)
+        if whole is not None:
+            return FusedLinear((ops.pack_linear(whole),), (slice(None),))
+        ends = [sum(out_features[: i + 1]) for i in range(len(out_features))]
+        columns = tuple(slice(end - size, end) for end, size in zip(ends, out_features))
+        return FusedLinear(tuple(ops.pack_linear(weight) for weight in weights), columns)
+
+    return part(target, shapes, pack, linear=shapes)
 
 
 def swiglu_shapes(prefix: str, width: int, hidden: int) -> dict[str, Shape]:
@@ -75,9 +114,42 @@ def swiglu_shapes(prefix: str, width: int, hidden: int) -> dict[str, Shape]:
     }
 
 
-def pack_parts(parts: Iterable[Part], tensors: Mapping[str, Tensor], dtype: torch.dtype, ops: Ops) -> dict[str, Any]:
+QUANTIZED_ON_LOAD = "decoder."  # targets whose linear layers `weights="int8"` and "int4" mean: not the vision towers
+
+
+def load_parts(
+    checkpoint: TensorSource,
+    parts: Iterable[Part],
+    unused: Iterable[str],
+    dtype: torch.dtype,
+    ops: Ops,
+    quantize_to: QuantizeTo | None = None,
+) -> dict[str, Any]:
+    """Pack every tensor as it is read. Raises WeightsError listing what does not fit.
+
+    quantize_to  the decoder's linear layers are quantised as they are read (routers and the table are not)
+    """
+    by_target = {p.spec.target: p for p in parts}
+    packed: dict[str, Any] = {}
+
+    def consume(spec: WeightSpec, tensors: Sequence[Weight]) -> None:
+        packed[spec.target] = by_target[spec.target].pack(ops, tensors)
+
+    specs = [p.spec for p in by_target.values()]
+    load_weights(checkpoint, specs, unused, dtype, consume, quantize_to, QUANTIZED_ON_LOAD)
+    return packed
+
+
+def pack_parts(
+    parts: Iterable[Part],
+    tensors: Mapping[str, Weight],
+    dtype: torch.dtype,
+    ops: Ops,
+    quantize_to: QuantizeTo | None = None,
+) -> dict[str, Any]:
     """Pack from tensors already in memory (tests, converted models), as strictly as from a file.
 
+    quantize_to  as in load_parts
     Raises WeightsError naming the missing, left-over and wrongly shaped tensors.
     """
     parts = list(parts)
@@ -91,4 +163,13 @@ def pack_parts(parts: Iterable[Part], tensors: Mapping[str, Tensor], dtype: torc
     ]
     if problems:
         raise WeightsError(f"{len(problems)} tensors do not fit the model: {'; '.join(problems[:8])}")
-    return {p.spec.target: p.pack(ops, [tensors[name].detach().to(dtype) for name in p.spec.sources]) for p in parts}
+
+    def taken(spec: WeightSpec, name: str) -> Weight:
+        tensor = tensors[name]
+        if not isinstance(tensor, Tensor):
+            return tensor.to(dtype)
+        if quantize_to is not None and spec.target.startswith(QUANTIZED_ON_LOAD) and spec.is_quantized_on_load(name):
+            return quantize(tensor.detach(), quantize_to).to(dtype)
+        return tensor.detach().to(dtype)
+
+    return {p.spec.target: p.pack(ops, [taken(p.spec, name) for name in p.spec.sources]) for p in parts}

@@ -7,17 +7,23 @@ Common rules:
   is rounded to the activation dtype once, at the end of the op.
 - `out` is written and returned when given (it may be `x` or `residual` itself where the docstring says so), otherwise a
   new tensor is made. Packed weights come from the same backend's `pack_*`.
+- A weight of a linear layer may be quantised (QuantizedWeight): it then counts as the exact matrix W of its definition,
+  and where its format quantises activations, x is first rounded by `quantize_input`, row by row. Products are summed
+  in float32.
 - Batch invariance (native): a row's result has the same bits whatever other rows are in the call.
 - Errors: ShapeError if shapes or dtypes break the contract.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
+
+from ..quantization import Weight
 
 Activation = Literal["gelu", "quick_gelu", "silu"]
 OP_NAMES = (
@@ -99,16 +105,16 @@ class Ops(Protocol):
     name: str
 
     # ---- packing, once at load -------------------------------------------------------------------------------------
-    def pack_linear(self, weight: Tensor, bias: Tensor | None = None) -> Any:
+    def pack_linear(self, weight: Weight, bias: Tensor | None = None) -> Any:
         """weight [O, C] row-major, bias [O]; the result has the attributes out_features, in_features, dtype."""
 
-    def pack_swiglu(self, gate: Tensor, up: Tensor, down: Tensor) -> Any:
+    def pack_swiglu(self, gate: Weight, up: Weight, down: Weight) -> Any:
         """gate, up [I, C], down [C, I]; returns a packed SwiGLU feed-forward."""
 
-    def pack_moe(
-        self, router: Tensor, gate: list[Tensor], up: list[Tensor], down: list[Tensor], shared: Any | None
-    ) -> Any:
-        """router [E, C]; gate[e], up[e] [I, C]; down[e] [C, I]; shared: a pack_swiglu result or None."""
+    def pack_moe(self, router: Tensor, experts: Iterable[tuple[Weight, Weight, Weight]], shared: Any | None) -> Any:
+        """router [E, C]; experts: E of (gate [I, C], up [I, C], down [C, I]), taken one by one, so that they may be
+        read from a file as they are packed; shared: a pack_swiglu result or None.
+        """
 
     def pack_patch_embed(self, weight: Tensor, bias: Tensor) -> Any:
         """weight [C, 3, p, p], bias [C], for patch_embed."""

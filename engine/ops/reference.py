@@ -6,6 +6,7 @@ Knows no model and no file. Vision ops are in reference_vision.py.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..errors import ShapeError
+from ..quantization import QuantizedWeight, Weight
 from . import Activation, OpCase, RopeTable, Routing
 from .reference_vision import ReferenceVisionOps
 
@@ -25,7 +27,7 @@ ACTIVATION_DTYPES = (torch.float32, torch.bfloat16)
 class PackedLinear:
     """weight [O, C] as it came, bias [O] float32 or None."""
 
-    weight: Tensor
+    weight: Weight
     bias: Tensor | None
 
     @property
@@ -45,9 +47,9 @@ class PackedLinear:
 class PackedSwiglu:
     """gate, up [I, C] and down [C, I] as they came."""
 
-    gate: Tensor
-    up: Tensor
-    down: Tensor
+    gate: Weight
+    up: Weight
+    down: Weight
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +61,7 @@ class PackedMoe:
     shared: PackedSwiglu | None
 
 
-def refuse(op: str, rule: str, *tensors: Tensor) -> NoReturn:
+def refuse(op: str, rule: str, *tensors: Weight) -> NoReturn:
     got = ", ".join(f"{list(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in tensors)
     raise ShapeError(f"{op}: {rule}; got {got}")
 
@@ -87,9 +89,14 @@ def activate(x: Tensor, activation: Activation | None) -> Tensor:
 
 def swiglu_float32(x: Tensor, ffn: PackedSwiglu) -> Tensor:
     """down(silu(gate(x)) * up(x)) of x [n, C] in its own dtype; the product is rounded to it, the result is not."""
-    raised = x.float()
-    product = functional.silu(raised @ ffn.gate.float().T) * (raised @ ffn.up.float().T)
-    return product.to(x.dtype).float() @ ffn.down.float().T
+    product = functional.silu(multiply(x, ffn.gate)) * multiply(x, ffn.up)
+    return multiply(product.to(x.dtype), ffn.down)
+
+
+def multiply(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
+    """x @ weight.T + bias in float32, x rounded first where the weight's format asks for it."""
+    raised = weight.quantize_input(x) if isinstance(weight, QuantizedWeight) else x.float()
+    return functional.linear(raised, weight.float(), bias)
 
 
 def rotate_half(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -118,30 +125,30 @@ class ReferenceOps(ReferenceVisionOps):
         """Nothing to release."""
 
     # ---- packing ---------------------------------------------------------------------------------------------------
-    def pack_linear(self, weight: Tensor, bias: Tensor | None = None) -> PackedLinear:
+    def pack_linear(self, weight: Weight, bias: Tensor | None = None) -> PackedLinear:
         if weight.ndim != 2 or weight.dtype not in ACTIVATION_DTYPES:
             refuse("pack_linear", "weight must be [O, C] float32 or bfloat16", weight)
         if bias is not None and bias.shape != weight.shape[:1]:
             refuse("pack_linear", "bias must be [O]", weight, bias)
         return PackedLinear(weight, None if bias is None else bias.float())
 
-    def pack_swiglu(self, gate: Tensor, up: Tensor, down: Tensor) -> PackedSwiglu:
-        if gate.ndim != 2 or up.shape != gate.shape or down.shape != gate.T.shape:
+    def pack_swiglu(self, gate: Weight, up: Weight, down: Weight) -> PackedSwiglu:
+        if gate.ndim != 2 or up.shape != gate.shape or tuple(down.shape) != tuple(gate.shape)[::-1]:
             refuse("pack_swiglu", "gate and up must be [I, C], down [C, I]", gate, up, down)
         if not gate.dtype == up.dtype == down.dtype or gate.dtype not in ACTIVATION_DTYPES:
             refuse("pack_swiglu", "gate, up and down must share a dtype, float32 or bfloat16", gate, up, down)
         return PackedSwiglu(gate, up, down)
 
     def pack_moe(
-        self, router: Tensor, gate: list[Tensor], up: list[Tensor], down: list[Tensor], shared: PackedSwiglu | None
+        self, router: Tensor, experts: Iterable[tuple[Weight, Weight, Weight]], shared: PackedSwiglu | None
     ) -> PackedMoe:
-        if router.ndim != 2 or not len(gate) == len(up) == len(down) == router.shape[0]:
-            refuse("pack_moe", f"router must be [E, C] with E experts, got {len(gate)}, {len(up)}, {len(down)}", router)
-        experts = tuple(self.pack_swiglu(*parts) for parts in zip(gate, up, down))
-        for expert in experts:
-            if expert.gate.shape != experts[0].gate.shape or expert.gate.shape[1] != router.shape[1]:
+        packed = tuple(self.pack_swiglu(*parts) for parts in experts)
+        if router.ndim != 2 or len(packed) != router.shape[0]:
+            refuse("pack_moe", f"router must be [E, C] with E experts, got {len(packed)} of them", router)
+        for expert in packed:
+            if expert.gate.shape != packed[0].gate.shape or expert.gate.shape[1] != router.shape[1]:
                 refuse("pack_moe", "all experts must be [I, C] with the router's C", router, expert.gate)
-        return PackedMoe(router, experts, shared)
+        return PackedMoe(router, packed, shared)
 
     # ---- decoder ---------------------------------------------------------------------------------------------------
     def embedding(self, token_ids: Tensor, table: Tensor, out: Tensor | None = None) -> Tensor:
@@ -164,7 +171,7 @@ class ReferenceOps(ReferenceVisionOps):
     ) -> Tensor:
         if x.ndim != 2 or x.shape[1] != weight.in_features or x.dtype != weight.dtype:
             refuse("linear", "x must be [N, C] in the weight's dtype", x, weight.weight)
-        result = activate(functional.linear(x.float(), weight.weight.float(), weight.bias), activation)
+        result = activate(multiply(x, weight.weight, weight.bias), activation)
         if residual is not None:
             if residual.shape != result.shape or residual.dtype != x.dtype:
                 refuse("linear", "residual must be [N, O] in x's dtype", x, residual)

@@ -425,27 +425,27 @@ class MoeCase(SwigluCase):
         names = {"width": self.width, "intermediate": self.inner, "num_experts": self.experts, "top_k": self.top_k}
         return tuple(names.items())
 
-    def weights(self, g: torch.Generator) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
-        """Router, gates, ups, downs. Experts are windows of one random buffer: all different, cheap to make."""
+    def weights(self, g: torch.Generator) -> tuple[Tensor, list[tuple[Tensor, ...]]]:
+        """Router, and (gate, up, down) of each expert: windows of one random buffer, all different, cheap to make."""
         count, step = self.inner * self.width, 8 * 37
         pool = noise(g, (3 * count + self.experts * step,), self.dtype, self.width**-0.5)
-        parts: list[list[Tensor]] = [[], [], []]
-        for e in range(self.experts):
-            for i, part in enumerate(parts):
-                shape = (self.width, self.inner) if i == 2 else (self.inner, self.width)
-                part.append(pool[i * count + e * step :][:count].view(shape))
-        return noise(g, (self.experts, self.width), self.dtype, self.width**-0.5), *parts
+        shapes = [(self.inner, self.width)] * 2 + [(self.width, self.inner)]
+        experts = [
+            tuple(pool[i * count + e * step :][:count].view(shape) for i, shape in enumerate(shapes))
+            for e in range(self.experts)
+        ]
+        return noise(g, (self.experts, self.width), self.dtype, self.width**-0.5), experts
 
     def bind(self, ops: Any) -> Run:
         g = self.generator()
         x = noise(g, (self.rows, self.width), self.dtype)
-        router, gate, up, down = self.weights(g)
+        router, experts = self.weights(g)
         shared = None
         if self.shared:
             inner, scale = self.shared, self.width**-0.5
             pairs = [noise(g, (inner, self.width), self.dtype, scale) for _ in range(2)]
             shared = ops.pack_swiglu(*pairs, noise(g, (self.width, inner), self.dtype, inner**-0.5))
-        packed = ops.pack_moe(router, gate, up, down, shared)
+        packed = ops.pack_moe(router, experts, shared)
         kept = noise(g, (self.rows, self.width), self.dtype)
         residual, options = kept.clone(), (self.top_k, self.renormalize, self.scale)
         if self.alias:

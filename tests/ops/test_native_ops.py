@@ -27,6 +27,14 @@ from ops.cases import (
     noise,
     rope_table,
 )
+from ops.quantized_cases import (
+    REAL_QUANTIZED,
+    SMALL_QUANTIZED,
+    QuantizedLinearCase,
+    QuantizedMoeCase,
+    QuantizedSwigluCase,
+    Recipe,
+)
 from torch import Tensor
 
 from pagelens import _native
@@ -64,7 +72,7 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     return a.dtype == b.dtype and torch.equal(a.contiguous().view(integer), b.contiguous().view(integer))
 
 
-@pytest.mark.parametrize("case", [*SMALL, *REAL], ids=lambda case: case.id)
+@pytest.mark.parametrize("case", [*SMALL, *REAL, *SMALL_QUANTIZED, *REAL_QUANTIZED], ids=lambda case: case.id)
 def test_equals_the_reference(case: Case, isa: str, native: NativeOps) -> None:
     run = case.bind(native)
     result = run().clone()
@@ -88,6 +96,12 @@ ROWS = [
     SwigluCase(rows=37, width=192, inner=99),
     MoeCase(rows=37),
     MoeCase(rows=33, width=64, inner=24, shared=0, renormalize=True, experts=128, top_k=8),
+    QuantizedLinearCase(rows=37, width=264, out=70, recipe=Recipe()),
+    QuantizedLinearCase(rows=37, width=193, out=77, recipe=Recipe("int8", 24, zeros=True, order=True)),
+    QuantizedLinearCase(rows=37, width=192, out=77, recipe=Recipe("int8", 0, activation="int8")),
+    QuantizedLinearCase(rows=37, width=192, out=77, recipe=Recipe("fp8", 64)),
+    QuantizedSwigluCase(rows=37, width=192, inner=99, recipe=Recipe(zeros=True)),
+    QuantizedMoeCase(rows=37, recipe=Recipe()),
 ]
 
 
@@ -105,6 +119,9 @@ def row_call(case: Any, ops: NativeOps) -> tuple[Tensor, Any]:
         shared = ops.pack_swiglu(*pair, down) if case.shared else None
         moe = ops.pack_moe(*case.weights(g), shared)
         return x, lambda rows: ops.moe_ffn(rows, moe, case.top_k, case.renormalize, case.scale, residual=rows)
+    if isinstance(case, QuantizedSwigluCase):
+        quantized = ops.pack_swiglu(*case.weights(g))
+        return x, lambda rows: ops.swiglu_ffn(rows, quantized, residual=rows)
     gate, up = (noise(g, (case.inner, case.width), case.dtype, 0.1) for _ in range(2))
     ffn = ops.pack_swiglu(gate, up, noise(g, (case.width, case.inner), case.dtype, 0.1))
     return x, lambda rows: ops.swiglu_ffn(rows, ffn, residual=rows)
@@ -318,7 +335,7 @@ def test_wrong_shapes_and_dtypes_are_refused(native: NativeOps) -> None:
         "int64 ids": lambda: native.embedding(torch.tensor([1]), x),
         "swiglu": lambda: native.pack_swiglu(torch.zeros(3, 8), torch.zeros(4, 8), torch.zeros(8, 3)),
         "moe": lambda: native.pack_moe(
-            torch.zeros(2, 8), [torch.zeros(3, 8)], [torch.zeros(3, 8)], [torch.zeros(8, 3)], None
+            torch.zeros(2, 8), [(torch.zeros(3, 8), torch.zeros(3, 8), torch.zeros(8, 3))], None
         ),
         "top_k": lambda: native.moe_routing(x, 9, False, 1.0),
         "slot": lambda: native.qk_norm_rope_store(qkv, i32, i32 + 8, rope, cache, cache.clone(), 1),

@@ -81,7 +81,7 @@ def test_no_rows() -> None:
     x, none = noise(0, 24), torch.empty(0, dtype=torch.int32)
     parts = expert(0, torch.float32)
     ffn, keys = OPS.pack_swiglu(*parts), torch.zeros(2, 4, 1, 8)
-    moe = OPS.pack_moe(noise(1, 24), *([part] for part in parts), ffn)
+    moe = OPS.pack_moe(noise(1, 24), [tuple(parts)], ffn)
     assert OPS.linear(x, OPS.pack_linear(noise(5, 24))).shape == (0, 5)
     assert OPS.embedding(none, noise(9, 24)).shape == (0, 24)
     assert OPS.rms_norm(x, noise(24), 1e-6).shape == (0, 24)
@@ -255,7 +255,7 @@ def test_moe_ffn(dtype: torch.dtype, with_shared: bool) -> None:
     x, router = noise(6, 24, dtype=dtype), noise(5, 24, dtype=dtype)
     experts = [expert(10 * e, dtype) for e in range(5)]
     shared = expert(99, dtype, hidden=32) if with_shared else None
-    moe = OPS.pack_moe(router, *(list(group) for group in zip(*experts)), OPS.pack_swiglu(*shared) if shared else None)
+    moe = OPS.pack_moe(router, experts, OPS.pack_swiglu(*shared) if shared else None)
     scores = (x.double() @ router.double().T).softmax(-1)
     expected = torch.zeros(6, 24, dtype=torch.float64)
     for n in range(6):
@@ -380,7 +380,7 @@ SHAPE_ERRORS: dict[str, Callable[[], object]] = {
     "rms_norm weight": lambda: OPS.rms_norm(noise(2, 5), noise(4), 1e-6),
     "layer_norm bias": lambda: OPS.layer_norm(noise(2, 5), noise(5), noise(4), 1e-6),
     "swiglu": lambda: OPS.pack_swiglu(noise(3, 4), noise(3, 4), noise(3, 4)),
-    "experts": lambda: OPS.pack_moe(noise(2, 4), [noise(3, 4)], [noise(3, 4)], [noise(4, 3)], None),
+    "experts": lambda: OPS.pack_moe(noise(2, 4), [(noise(3, 4), noise(3, 4), noise(4, 3))], None),
     "top_k": lambda: OPS.moe_routing(noise(2, 4), 5, False, 1.0),
     "window tables": lambda: OPS.window_attention(noise(1, 4, 4, 24), noise(24), noise(7, 4), noise(7, 4), 2, 3),
     "attention heads": lambda: OPS.attention(noise(1, 4, 24), 3),
