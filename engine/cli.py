@@ -118,6 +118,9 @@ def add_engine_options(parser: argparse.ArgumentParser, needs_model: bool = Fals
     parser.add_argument("--model", required=needs_model, help="checkpoint folder or hub id" + default)
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
     parser.add_argument("--backend", default="auto", choices=("auto", "reference", "native"))
+    parser.add_argument(
+        "--weights", default="auto", choices=("auto", "int8", "int4"), help="quantise the decoder as it is read"
+    )
     parser.add_argument("--threads", type=int, help="threads of the native kernels; default: one a physical core")
     parser.add_argument(
         "--random-weights", action="store_true", help="noise for weights: --model is a preset or needs only config.json"
@@ -128,6 +131,7 @@ def engine_options(args: argparse.Namespace) -> dict[str, Any]:
     return {
         "dtype": args.dtype,
         "backend": args.backend,
+        "weights": args.weights,
         "num_threads": args.threads,
         "random_weights": args.random_weights,
     }

@@ -26,6 +26,8 @@ class EngineConfig:
     max_batch_tokens  most tokens in one forward pass; longer prompts are cut into chunks of this size
     kv_cache_bytes    size of the paged KV-cache; None = room for max_num_seqs sequences, at most 1 GiB
     block_size        tokens a KV block
+    weights           "auto" takes them as the checkpoint has them; "int8" (a scale a row) and "int4" (a scale for 32
+                      inputs) quantise the decoder's linear layers as they are read
     random_weights    build the model of a preset or of a folder's config.json with random weights instead of reading
                       them, to measure speed and memory; an integer is the seed, True the seed 1
     """
@@ -34,7 +36,7 @@ class EngineConfig:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     device: Literal["cpu"] = "cpu"
     backend: Literal["auto", "reference", "native"] = "auto"
-    weights: Literal["auto"] = "auto"
+    weights: Literal["auto", "int8", "int4"] = "auto"
     num_threads: int | None = None
     max_model_len: int | None = None
     max_num_seqs: int = 16
@@ -50,7 +52,7 @@ class EngineConfig:
             "dtype": ("auto", "float32", "bfloat16"),
             "device": ("cpu",),
             "backend": ("auto", "reference", "native"),
-            "weights": ("auto",),
+            "weights": ("auto", "int8", "int4"),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:

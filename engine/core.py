@@ -208,14 +208,15 @@ def build_engine(config: EngineConfig) -> Engine:
     dtype = DTYPES[model_config.torch_dtype if config.dtype == "auto" else config.dtype]
     folder = description.folder
     tokenizer = Tokenizer(folder) if folder and (folder / "tokenizer.json").is_file() else None
+    quantize_to = None if config.weights == "auto" else config.weights
     ops = resolve_ops(config.backend, network.op_cases(model_config, dtype), config.num_threads)
     try:
         if random_seed is not None or folder is None:
             weights = RandomWeights(network.weight_specs(model_config), dtype, random_seed or 0)
-            model = network.load(weights, model_config, dtype, as_ops(ops))
+            model = network.load(weights, model_config, dtype, as_ops(ops), quantize_to)
         else:
             with open_checkpoint(folder) as checkpoint:
-                model = network.load(checkpoint, model_config, dtype, as_ops(ops))
+                model = network.load(checkpoint, model_config, dtype, as_ops(ops), quantize_to)
         return Engine(config, model, dtype, tokenizer, (ops,), description)
     except BaseException:
         ops.close()

@@ -36,7 +36,7 @@ class Layout(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class PackedLinear:
-    """A weight [out_features, in_features] and its bias in the kernels' layout. `kept` owns the memory if it is mapped."""
+    """A weight [out_features, in_features] and its bias in the kernels' layout; `kept` owns memory that is mapped."""
 
     handle: _native.Linear
     layout: Layout
