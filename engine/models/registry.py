@@ -35,6 +35,10 @@ MODELS: dict[str, ModelClass] = {
     "Qwen3MoeForCausalLM": TextModel,
     "llama": TextModel,
     "LlamaForCausalLM": TextModel,
+    # The decoder alone, as embedding models are saved.
+    "Qwen3Model": TextModel,
+    "Qwen3MoeModel": TextModel,
+    "LlamaModel": TextModel,
 }
 
 
