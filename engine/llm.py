@@ -23,6 +23,7 @@ from .core import Engine, build_engine
 from .errors import ConfigError, EngineClosedError, EngineError, PagelensError, PromptError
 from .handle import RequestHandle, forked_message
 from .inputs import Prompt, Request
+from .loading.pooling_config import check_pooling
 from .pooling import Judge, RerankOutput, encode_pairs, encode_texts, hidden_states, resolve_dim, unit_vectors
 from .runtime.state import RequestState
 from .types import RequestOutput, SamplingParams
@@ -233,6 +234,8 @@ class LLM:
         Raises PromptError or CapacityError naming the text's index, ConfigError; EngineError if a result is not finite.
         """
         tokenizer = self._pooling_tokenizer()
+        if self._description is not None and self._description.folder is not None:
+            check_pooling(self._description.folder)
         width = resolve_dim(dim, self.model_config.decoder.hidden_size)
         return unit_vectors(self._pool("text", encode_texts(tokenizer, texts, instruction)), width)
 
