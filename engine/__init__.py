@@ -22,6 +22,8 @@ _LAZY = {
     "NgramGuard": ".types",
     "RequestOutput": ".types",
     "CompletionOutput": ".types",
+    "RerankOutput": ".pooling",
+    "RerankResult": ".pooling",
     "PagelensError": ".errors",
 }
 
@@ -32,6 +34,8 @@ if TYPE_CHECKING:
     from .errors import PagelensError as PagelensError
     from .handle import RequestHandle as RequestHandle
     from .llm import LLM as LLM
+    from .pooling import RerankOutput as RerankOutput
+    from .pooling import RerankResult as RerankResult
     from .reader import Reader as Reader
     from .types import CompletionOutput as CompletionOutput
     from .types import NgramGuard as NgramGuard

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .config import DecoderConfig, EngineConfig
+from .config import DecoderConfig, EngineConfig, TextModelConfig
 from .errors import ConfigError
 from .inputs import InputBuilder, Request
+from .pooling import NO_HEAD, find_judges
 from .runtime.batch import BatchBuilder
 from .runtime.blocks import BlockPool
 from .runtime.kv_cache import allocate, plan_num_blocks
@@ -23,6 +24,7 @@ from .types import NgramGuard
 
 if TYPE_CHECKING:
     from .loading.presets import ModelDescription
+    from .loading.weights import TensorSource
     from .text.tokenizer import Tokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -32,7 +34,8 @@ class Engine:
     """A model with its cache and queues.
 
     Call `add_request` any number of times, then `step` while `has_work`. `closeables` are closed with the engine.
-    `description` is what the model was built from; None if it was built by hand.
+    `description` is what the model was built from; None if it was built by hand. `judge_rows` [2, C] float32 are the
+    output head's rows of "no" and "yes", for reranking; None if the model has no such tokens or no head.
     """
 
     def __init__(
@@ -43,12 +46,15 @@ class Engine:
         tokenizer: Tokenizer | None = None,
         closeables: tuple[Any, ...] = (),
         description: ModelDescription | None = None,
+        judge_rows: torch.Tensor | None = None,
     ) -> None:
         decoder = model.config.decoder
         self.config = config
         self.model_config = model.config
         self.tokenizer = tokenizer
         self.description = description
+        self.judge_rows = judge_rows
+        self.has_head: bool = getattr(model, "has_head", True)
         self.max_model_len = resolve_max_model_len(config, decoder.max_position_embeddings)
         num_blocks = plan_num_blocks(config, decoder, dtype, self.max_model_len)
         kv = allocate(decoder, dtype, num_blocks, config.block_size)
@@ -76,7 +82,14 @@ class Engine:
         return self.scheduler.has_work
 
     def check_capacity(self, request: Request) -> int:
-        """Tokens that the answer may have. Safe in any thread. Raises CapacityError if the request can never fit."""
+        """Tokens that the answer may have, 0 for a pooled request. Safe in any thread.
+
+        Raises CapacityError if the request can never fit, ConfigError if the model has no head to answer with.
+        """
+        if request.is_pooled:
+            return self.scheduler.resolve_max_tokens(len(request.token_ids), 0)
+        if not self.has_head:
+            raise ConfigError(f"{NO_HEAD}, so it cannot generate; use embed()")
         return self.scheduler.resolve_max_tokens(len(request.token_ids), request.sampling.max_tokens)
 
     def add_request(self, request: Request) -> RequestState:
@@ -104,7 +117,7 @@ class Engine:
         changed = self._encode_images(schedule)
         if schedule:
             started = time.perf_counter()
-            logits = self.runner.run(self.batches.build(schedule))
+            logits, hidden = self.runner.run(self.batches.build(schedule))
             self.scheduler.commit(schedule)
             for chunk in schedule:
                 self._states[chunk.sequence].count_pass(time.perf_counter() - started)
@@ -113,6 +126,11 @@ class Engine:
             for state, sampled in zip(sampling, chosen, strict=True):
                 state.accept(sampled)
             changed += sampling
+            if hidden is not None:
+                pooling = [self._states[chunk.sequence] for chunk in schedule if chunk.pools]
+                for state, row in zip(pooling, hidden.numpy(), strict=True):
+                    state.accept_pooled(row)
+                changed += pooling
         for state in changed:
             if state.finished:
                 self._retire(state)
@@ -188,6 +206,18 @@ def count_tokens(tokenizer: Tokenizer | None, eos_token_ids: tuple[int, ...]) ->
     return None if tokenizer is None else max(tokenizer.vocab_size, *(id_ + 1 for id_ in eos_token_ids), 1)
 
 
+def read_judge_rows(
+    source: TensorSource, model_config: Any, tokenizer: Tokenizer | None, dtype: torch.dtype
+) -> torch.Tensor | None:
+    """The output head's rows of "no" and "yes" (see Engine); None where there are none."""
+    from .models.qwen3 import TextModel
+
+    judges = find_judges(tokenizer)
+    if judges is None or not isinstance(model_config, TextModelConfig):
+        return None
+    return TextModel.head_rows(source, model_config, judges, dtype)
+
+
 def build_engine(config: EngineConfig) -> Engine:
     """Load a model and make an engine of it: the one place where files, ops, network and runtime meet.
 
@@ -214,10 +244,12 @@ def build_engine(config: EngineConfig) -> Engine:
         if random_seed is not None or folder is None:
             weights = RandomWeights(network.weight_specs(model_config), dtype, random_seed or 0)
             model = network.load(weights, model_config, dtype, as_ops(ops), quantize_to)
+            rows = read_judge_rows(weights, model_config, tokenizer, dtype)
         else:
             with open_checkpoint(folder) as checkpoint:
                 model = network.load(checkpoint, model_config, dtype, as_ops(ops), quantize_to)
-        return Engine(config, model, dtype, tokenizer, (ops,), description)
+                rows = read_judge_rows(checkpoint, model_config, tokenizer, dtype)
+        return Engine(config, model, dtype, tokenizer, (ops,), description, rows)
     except BaseException:
         ops.close()
         raise

@@ -59,7 +59,10 @@ class ImageSlot:
 
 @dataclass(slots=True, eq=False)
 class Request:
-    """A checked prompt: `token_ids` with every image mark already replaced by its placeholders."""
+    """A checked prompt: `token_ids` with every image mark already replaced by its placeholders.
+
+    is_pooled  no token is to be generated: the result is the last token's final hidden state
+    """
 
     request_id: str
     prompt: str | None
@@ -68,6 +71,7 @@ class Request:
     sampling: SamplingParams
     preprocess_s: float = 0.0
     thinking: ThinkingPlan | None = None
+    is_pooled: bool = False
 
     @property
     def num_image_tokens(self) -> int:

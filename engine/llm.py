@@ -23,10 +23,15 @@ from .core import Engine, build_engine
 from .errors import ConfigError, EngineClosedError, EngineError, PagelensError, PromptError
 from .handle import RequestHandle, forked_message
 from .inputs import Prompt, Request
+from .loading.pooling_config import check_pooling
+from .pooling import Judge, RerankOutput, encode_pairs, encode_texts, hidden_states, resolve_dim, unit_vectors
 from .runtime.state import RequestState
 from .types import RequestOutput, SamplingParams
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from .text.tokenizer import Tokenizer
 
 _open_llms: weakref.WeakSet[LLM] = weakref.WeakSet()
@@ -103,6 +108,7 @@ class LLM:
         self.max_model_len = engine.max_model_len
         self._engine: Engine | None = engine
         self._inputs = engine.inputs
+        self._judge_rows, self._has_head = engine.judge_rows, engine.has_head
         self._pid = os.getpid()
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
@@ -216,6 +222,54 @@ class LLM:
             raise
         return [handle._output or handle._finished_output() for handle in handles]
 
+    def embed(
+        self, texts: str | Sequence[str], dim: int | None = None, instruction: str | None = None
+    ) -> NDArray[np.float32]:
+        """Vectors [n, dim] float32 of length 1, in the order of the texts; their dot products are cosines.
+
+        The hidden state of a text's last token after the final norm, cut to its first `dim` values, then normalised.
+
+        texts        a string or a list; what tokenizer.json's post-processor appends is appended
+        dim          1 to the model's hidden size, which is None
+        instruction  the texts are queries for this task: `Instruct: {instruction}\nQuery:{text}`; documents have none
+        Raises PromptError or CapacityError naming the text's index, ConfigError; EngineError if a result is not finite.
+        """
+        tokenizer = self._pooling_tokenizer()
+        if self._description is not None and self._description.folder is not None:
+            check_pooling(self._description.folder)
+        width = resolve_dim(dim, self.model_config.decoder.hidden_size)
+        return unit_vectors(self._pool("text", encode_texts(tokenizer, texts, instruction)), width)
+
+    def rerank(self, query: str, documents: Sequence[str], instruction: str | None = None) -> RerankOutput:
+        """P(yes) for each document: whether it meets the query, by a Qwen3-Reranker; in the order of the documents.
+
+        sigmoid(h . (W[yes] - W[no])) of the last hidden state h; `ranked()` of the result sorts.
+
+        instruction  None = the published one, for passages that answer a web search
+        Raises as `embed` does; ConfigError too if the model has no tokens "yes" and "no" or no output head.
+        """
+        tokenizer = self._pooling_tokenizer()
+        judge = Judge.open(tokenizer, self._judge_rows, self._has_head)
+        prompts = encode_pairs(tokenizer, query, documents, instruction)
+        return judge.results(self._pool("document", prompts), num_tokens=sum(map(len, prompts)))
+
+    def _pooling_tokenizer(self) -> Tokenizer:
+        self._check_open()
+        if self._inputs.processor is not None:
+            raise ConfigError("embed and rerank are for text models; this one reads pages")
+        if self.tokenizer is None:
+            raise ConfigError("embed and rerank need a tokenizer.json in the model's folder")
+        return self.tokenizer
+
+    def _pool(self, what: str, prompts: list[list[int]]) -> list[NDArray[np.float32]]:
+        requests = []
+        for index, token_ids in enumerate(prompts):
+            try:
+                requests.append(self._build(token_ids, SamplingParams(), keep_views=False, is_pooled=True))
+            except PagelensError as error:
+                raise type(error)(f"{what} {index}: {error}") from error
+        return hidden_states(what, self._run(requests))
+
     def submit(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> RequestHandle:
         """Start one request and return at once; any thread may call it.
 
@@ -225,12 +279,13 @@ class LLM:
         self._check_open()
         return self._enqueue([self._build(prompt, sampling_params or SamplingParams(), keep_views=True)])[0]
 
-    def _build(self, prompt: Prompt, sampling: SamplingParams, keep_views: bool) -> Request:
+    def _build(self, prompt: Prompt, sampling: SamplingParams, keep_views: bool, is_pooled: bool = False) -> Request:
         with self._lock:
             engine = self._require_engine()
             self._num_requests += 1
             request_id = str(self._num_requests - 1)
         request = self._inputs.build(prompt, sampling, request_id, keep_views)
+        request.is_pooled = is_pooled
         engine.check_capacity(request)
         return request
 

@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from .errors import ConfigError
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
+    from numpy.typing import NDArray
 
 FINISH_REASONS = ("stop", "length", "repetition", "abort")
 
@@ -209,7 +211,10 @@ class RequestMetrics:
 
 @dataclass(slots=True)
 class RequestOutput:
-    """The state of one request; `finished` tells whether it will change again."""
+    """The state of one request; `finished` tells whether it will change again.
+
+    pooled  [C] float32, for a request that asks for its last token's final hidden state instead of an answer
+    """
 
     request_id: str
     prompt: str | None
@@ -217,6 +222,7 @@ class RequestOutput:
     outputs: list[CompletionOutput]
     finished: bool
     metrics: RequestMetrics = field(default_factory=RequestMetrics)
+    pooled: NDArray[np.float32] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,6 +250,7 @@ class ForwardBatch:
     logit_rows    [L] int32   rows of which logits are wanted
     image_index   [I] int32   rows whose embedding is replaced by image_rows (None if no image rows in this pass)
     image_rows    [I, C]      vision rows, activation dtype
+    pooled_rows   [P] int32   rows of which the final hidden state is wanted instead of logits (None if there are none)
     """
 
     token_ids: torch.Tensor
@@ -255,3 +262,4 @@ class ForwardBatch:
     logit_rows: torch.Tensor
     image_index: torch.Tensor | None = None
     image_rows: torch.Tensor | None = None
+    pooled_rows: torch.Tensor | None = None

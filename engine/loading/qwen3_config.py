@@ -44,7 +44,8 @@ def _read_family(top: ConfigReader) -> str:
     model_type: str = top.require("model_type", str, only=tuple(MODEL_TYPES.values()))
     architectures = top.get("architectures", (str,), None)
     expected = next(name for name, kind in MODEL_TYPES.items() if kind == model_type)
-    if architectures is not None and expected not in architectures:
+    # transformers names the decoder without its head, as fine-tuned embedding models are saved, ...Model.
+    if architectures is not None and not {expected, expected.replace("ForCausalLM", "Model")} & set(architectures):
         top.refuse("architectures", list(architectures), f"[{expected!r}] for model_type {model_type!r}")
     return model_type
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..config import DecoderConfig, MoeConfig
-from ..errors import ShapeError
+from ..errors import ConfigError, ShapeError
 from ..ops import OpCase, Ops, RopeTable
 from ..quantization import Weight
 from ..types import ForwardBatch, KVCacheView
@@ -24,19 +24,23 @@ from .workspace import Workspace
 Stages = Callable[[str, Tensor], None]
 
 
-def decoder_parts(config: DecoderConfig, prefix: str = "model", stacked_experts: bool = False) -> list[Part]:
+def decoder_parts(
+    config: DecoderConfig, prefix: str = "model", stacked_experts: bool = False, has_head: bool = True
+) -> list[Part]:
     """The decoder's weight map; `prefix` is what stands before `.layers` (lm_head has none).
 
     stacked_experts  the file holds the experts of a layer as two stacked tensors, not three tensors an expert
+    has_head         False: the file has no lm_head, though the head is not tied
     """
     c, d, vocab = config.hidden_size, config.head_dim, config.vocab_size
     parts = [
         tensor_part("decoder.embed", f"{prefix}.embed_tokens.weight", (vocab, c)),
         tensor_part("decoder.norm", f"{prefix}.norm.weight", (c,)),
     ]
-    # A tied head is packed from the table's tensor: the table itself stays as it is for look-ups.
-    head = f"{prefix}.embed_tokens" if config.tie_word_embeddings else "lm_head"
-    parts.append(linear_part("decoder.lm_head", head, vocab, c, bias=False))
+    if has_head or config.tie_word_embeddings:
+        # A tied head is packed from the table's tensor: the table itself stays as it is for look-ups.
+        head = f"{prefix}.embed_tokens" if config.tie_word_embeddings else "lm_head"
+        parts.append(linear_part("decoder.lm_head", head, vocab, c, bias=False))
     outs = [config.num_heads * d, config.num_kv_heads * d, config.num_kv_heads * d]
     for i in range(config.num_layers):
         to, of = f"decoder.{i}", f"{prefix}.layers.{i}"
@@ -191,14 +195,17 @@ class DecoderLayer:
 
 
 class Decoder:
-    """Token ids and image rows in, logits out. Not re-entrant: one forward pass at a time."""
+    """Token ids and image rows in; logits, final hidden states or both out. Not re-entrant: one pass at a time.
+
+    Without a head (a checkpoint of an embedding model) there are hidden states only.
+    """
 
     def __init__(self, config: DecoderConfig, packed: Mapping[str, Any], ops: Ops) -> None:
         self.config = config
         self._ops = ops
         self._embed: Tensor = packed["decoder.embed"]
         self._norm: Tensor = packed["decoder.norm"]
-        self._lm_head = packed["decoder.lm_head"]
+        self._lm_head = packed.get("decoder.lm_head")
         self._layers = [DecoderLayer(config, i, packed, ops) for i in range(config.num_layers)]
         self._rope = rope_table(config)
         self._scratch = Workspace(self._embed.device)
@@ -207,13 +214,34 @@ class Decoder:
     def dtype(self) -> torch.dtype:
         return self._embed.dtype
 
+    @property
+    def has_head(self) -> bool:
+        return self._lm_head is not None
+
     def forward(self, batch: ForwardBatch, kv: KVCacheView, stages: Stages | None = None) -> Tensor:
         """Logits [L, V] float32, new memory, of batch.logit_rows; the cache gets the new keys and values.
 
         Rows batch.image_index of the embeddings are replaced by batch.image_rows. `stages`, if given, is called with
         the residual stream after the embeddings ("embed") and after every layer ("layer.3"); it must not keep it.
-        Raises ShapeError if ids, slots or positions are out of range or the batch's tensors disagree.
+        Raises ShapeError if ids, slots or positions are out of range or the batch's tensors disagree; ConfigError if
+        logits are asked of a model without a head.
         """
+        return self._logits(self._run(batch, kv, stages), batch.logit_rows)
+
+    def forward_pooled(self, batch: ForwardBatch, kv: KVCacheView) -> tuple[Tensor, Tensor]:
+        """What `forward` returns, and the hidden states [P, C] float32 of batch.pooled_rows after the final norm.
+
+        Both are new memory. A row has the bits that its logits would be computed from. Raises as `forward`.
+        """
+        if batch.pooled_rows is None:
+            raise ShapeError("forward_pooled needs a batch with pooled_rows; use forward")
+        x = self._run(batch, kv)
+        # Copied before the next use of the scratch memory that the rows stand in.
+        hidden = self._final(x, batch.pooled_rows).to(torch.float32, copy=True)
+        return self._logits(x, batch.logit_rows), hidden
+
+    def _run(self, batch: ForwardBatch, kv: KVCacheView, stages: Stages | None = None) -> Tensor:
+        """The residual stream [N, C] after the last layer, in scratch memory."""
         if len(kv.keys) != self.config.num_layers or len(kv.values) != self.config.num_layers:
             raise ShapeError(f"the cache has {len(kv.keys)} layers, the model {self.config.num_layers}")
         n, width = batch.token_ids.shape[0], self.config.hidden_size
@@ -225,11 +253,21 @@ class Decoder:
             layer.forward(x, batch, kv, self._rope, self._scratch)
             if stages:
                 stages(f"layer.{i}", x)
+        return x
+
+    def _final(self, x: Tensor, rows: Tensor) -> Tensor:
+        """Some rows of the residual stream after the final norm, in scratch memory."""
         # A gather of rows is an embedding lookup, so that a decode step stays within the ops.
-        rows = self._scratch.take("rows", (batch.logit_rows.shape[0], width), self.dtype)
-        self._ops.embedding(batch.logit_rows, x, out=rows)
-        self._ops.rms_norm(rows, self._norm, self.config.rms_norm_eps, out=rows)
-        return self._ops.linear(rows, self._lm_head, out_dtype=torch.float32)
+        final = self._scratch.take("rows", (rows.shape[0], self.config.hidden_size), self.dtype)
+        self._ops.embedding(rows, x, out=final)
+        return self._ops.rms_norm(final, self._norm, self.config.rms_norm_eps, out=final)
+
+    def _logits(self, x: Tensor, rows: Tensor) -> Tensor:
+        if self._lm_head is None:
+            if rows.shape[0]:
+                raise ConfigError("the model has no output head, so there are no logits")
+            return torch.empty((0, self.config.vocab_size), dtype=torch.float32, device=x.device)
+        return self._ops.linear(self._final(x, rows), self._lm_head, out_dtype=torch.float32)
 
     def _embed_batch(self, batch: ForwardBatch, x: Tensor) -> None:
         self._ops.embedding(batch.token_ids, self._embed, out=x)

@@ -6,7 +6,7 @@ decoder.py. Source: qwen3.md sections 2 and 3.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,12 +14,13 @@ from torch import Tensor
 
 from ..config import TextModelConfig
 from ..loading.qwen3_config import read_text_config
+from ..loading.renamed import HEAD, prefixed_names, with_prefix
 from ..loading.weights import QuantizeTo, TensorSource, WeightSpec
 from ..ops import OpCase, Ops
 from ..quantization import Weight
 from ..types import ForwardBatch, KVCacheView
 from .decoder import Decoder, decoder_cases, decoder_parts
-from .weight_map import Part, load_parts, pack_parts
+from .weight_map import Part, load_parts, pack_parts, plain
 
 Stages = Callable[[str, Tensor], None]
 STACKED_EXPERTS = ".mlp.experts.gate_up_proj"
@@ -39,9 +40,12 @@ class TextModel:
 
     # ---- weights ---------------------------------------------------------------------------------------------------
     @staticmethod
-    def parts(config: TextModelConfig, stacked_experts: bool = False) -> list[Part]:
-        """The weight map of this configuration; experts one by one, or stacked as transformers 5 holds them."""
-        return decoder_parts(config.decoder, stacked_experts=stacked_experts)
+    def parts(config: TextModelConfig, stacked_experts: bool = False, has_head: bool = True) -> list[Part]:
+        """The weight map of this configuration; experts one by one, or stacked as transformers 5 holds them.
+
+        has_head  False: there is no lm_head, as in embedding models; such a model has hidden states only
+        """
+        return decoder_parts(config.decoder, stacked_experts=stacked_experts, has_head=has_head)
 
     @classmethod
     def weight_specs(cls, config: TextModelConfig, stacked_experts: bool = False) -> list[WeightSpec]:
@@ -69,8 +73,12 @@ class TextModel:
         ops: Ops,
         quantize_to: QuantizeTo | None = None,
     ) -> TextModel:
-        """Pack every tensor as it is read; see load_parts. Raises WeightsError listing what does not fit."""
-        parts = cls.parts(config, _is_stacked(checkpoint.names()))
+        """Pack every tensor as it is read; see load_parts. Raises WeightsError listing what does not fit.
+
+        The names of the decoder's tensors may lack `model.`, and the head may be absent.
+        """
+        checkpoint = with_prefix(checkpoint)
+        parts = cls.parts(config, *_variant(checkpoint.names()))
         return cls(config, load_parts(checkpoint, parts, cls.unused(config), dtype, ops, quantize_to), dtype, ops)
 
     @classmethod
@@ -84,15 +92,42 @@ class TextModel:
     ) -> TextModel:
         """The same from tensors in memory, by checkpoint name. Raises WeightsError listing what does not fit."""
         unused = set(cls.unused(config))
-        used = {name: tensor for name, tensor in tensors.items() if name not in unused}
-        parts = cls.parts(config, _is_stacked(used))
+        named = {new: tensors[old] for new, old in prefixed_names(tensors.keys()).items()}
+        used = {name: tensor for name, tensor in named.items() if name not in unused}
+        parts = cls.parts(config, *_variant(used))
         return cls(config, pack_parts(parts, used, dtype, ops, quantize_to), dtype, ops)
+
+    @staticmethod
+    def head_rows(
+        checkpoint: TensorSource, config: TextModelConfig, tokens: Sequence[int], dtype: torch.dtype
+    ) -> Tensor | None:
+        """Rows [len(tokens), C] float32 of the output head, rounded to `dtype`; None if there is no such head or row.
+
+        Read beside the packed head, which keeps no rows: with a checkpoint on disk only the pages of these rows are.
+        """
+        checkpoint = with_prefix(checkpoint)
+        name = "model.embed_tokens.weight" if config.decoder.tie_word_embeddings else f"{HEAD}weight"
+        if name not in checkpoint.names() or not all(token < checkpoint.shape(name)[0] for token in tokens):
+            return None
+        rows = plain(checkpoint.tensor(name))[list(tokens)].to(dtype).float()
+        checkpoint.release(name)
+        return rows
 
     # ---- forward ---------------------------------------------------------------------------------------------------
     def forward(self, batch: ForwardBatch, kv: KVCacheView, stages: Stages | None = None) -> Tensor:
         """Logits [L, V] float32 of batch.logit_rows; see Decoder.forward."""
         return self.decoder.forward(batch, kv, stages)
 
+    def forward_pooled(self, batch: ForwardBatch, kv: KVCacheView) -> tuple[Tensor, Tensor]:
+        """Logits, and the final hidden states [P, C] float32 of batch.pooled_rows; see Decoder.forward_pooled."""
+        return self.decoder.forward_pooled(batch, kv)
 
-def _is_stacked(names: Collection[str]) -> bool:
-    return any(name.endswith(STACKED_EXPERTS) for name in names)
+    @property
+    def has_head(self) -> bool:
+        """Whether the model has logits; one without can only embed."""
+        return self.decoder.has_head
+
+
+def _variant(names: Collection[str]) -> tuple[bool, bool]:
+    """Whether the experts are stacked, and whether there is a head."""
+    return any(name.endswith(STACKED_EXPERTS) for name in names), any(name.startswith(HEAD) for name in names)

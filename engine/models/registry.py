@@ -42,6 +42,10 @@ MODELS: dict[str, ModelClass] = {
     "Qwen3MoeForCausalLM": TextModel,
     "llama": TextModel,
     "LlamaForCausalLM": TextModel,
+    # The decoder alone, as embedding models are saved.
+    "Qwen3Model": TextModel,
+    "Qwen3MoeModel": TextModel,
+    "LlamaModel": TextModel,
 }
 
 

@@ -41,6 +41,7 @@ class BatchBuilder:
         self._query_starts = torch.zeros(max_num_seqs + 1, dtype=torch.int32)
         self._context_lens = torch.zeros(max_num_seqs, dtype=torch.int32)
         self._logit_rows = torch.zeros(max_num_seqs, dtype=torch.int32)
+        self._pooled_rows = torch.zeros(max_num_seqs, dtype=torch.int32)
         # Whole rows are passed on, so the tensor stays contiguous; entries behind a sequence's own are 0.
         self._block_tables = torch.zeros((max_num_seqs, max_blocks), dtype=torch.int32)
         self._np_token_ids = self._token_ids.numpy()
@@ -49,13 +50,17 @@ class BatchBuilder:
         self._np_query_starts = self._query_starts.numpy()
         self._np_context_lens = self._context_lens.numpy()
         self._np_logit_rows = self._logit_rows.numpy()
+        self._np_pooled_rows = self._pooled_rows.numpy()
         self._np_block_tables = self._block_tables.numpy()
         self._num_filled = [0] * max_num_seqs
         self._row_owners: list[tuple[Sequence, int] | None] = [None] * max_num_seqs
 
     def build(self, schedule: Schedule) -> ForwardBatch:
-        """The batch of a schedule; chunk s of it is sequence s, and the logit rows are those of chunks that sample."""
-        num_tokens = num_logits = 0
+        """The batch of a schedule; chunk s of it is sequence s.
+
+        The logit rows are the last rows of chunks that sample, the pooled rows those of chunks that pool.
+        """
+        num_tokens = num_logits = num_pooled = 0
         pieces: list[tuple[int, Tensor]] = []
         for row, chunk in enumerate(schedule):
             self._fill_table(row, chunk.sequence)
@@ -73,6 +78,9 @@ class BatchBuilder:
             if chunk.samples:
                 self._np_logit_rows[num_logits] = num_tokens - 1
                 num_logits += 1
+            elif chunk.pools:
+                self._np_pooled_rows[num_pooled] = num_tokens - 1
+                num_pooled += 1
         num_seqs = len(schedule)
         image_index, image_rows = _join(pieces)
         return ForwardBatch(
@@ -85,6 +93,7 @@ class BatchBuilder:
             logit_rows=self._logit_rows[:num_logits],
             image_index=image_index,
             image_rows=image_rows,
+            pooled_rows=self._pooled_rows[:num_pooled] if num_pooled else None,
         )
 
     def _fill_table(self, row: int, sequence: Sequence) -> None:

@@ -27,6 +27,10 @@ class Model(Protocol):
         """Store the batch's keys and values in the cache and return the logits [L, V] float32 of its logit rows."""
         ...
 
+    def forward_pooled(self, batch: ForwardBatch, kv: KVCacheView) -> tuple[Tensor, Tensor]:
+        """The same logits, and the final hidden states [P, C] float32 of batch.pooled_rows. Text models only."""
+        ...
+
     def encode_image(self, views: Any, plan: Any) -> Tensor:
         """Vision rows [plan.num_image_tokens, C] of one image, activation dtype, in the order of its placeholders."""
         ...
@@ -92,10 +96,12 @@ class Runner:
                 pieces.append((first, image.rows[first - image.start : last - image.start]))
         return pieces
 
-    def run(self, batch: ForwardBatch) -> Tensor:
-        """Logits [L, V] of the batch's logit rows."""
+    def run(self, batch: ForwardBatch) -> tuple[Tensor, Tensor | None]:
+        """Logits [L, V] of the batch's logit rows, and the hidden states [P, C] of its pooled rows if it has any."""
         with torch.inference_mode():
-            return self.model.forward(batch, self.kv)
+            if batch.pooled_rows is None:
+                return self.model.forward(batch, self.kv), None
+            return self.model.forward_pooled(batch, self.kv)
 
     def release(self, sequence: Sequence) -> None:
         """Forget a sequence's vision rows."""

@@ -33,12 +33,20 @@ class Scheduler:
         return bool(self.waiting or self.running)
 
     def resolve_max_tokens(self, num_prompt_tokens: int, max_tokens: int | None) -> int:
-        """Number of tokens the answer may have; None asks for all the room there is.
+        """Number of tokens the answer may have; None asks for all the room there is, 0 for no answer (pooling).
 
         Reads only what never changes, so any thread may call it. Raises CapacityError if the request can never fit.
         """
         cache_tokens = self.pool.num_blocks * self.pool.block_size
         limit, name, option = self.max_model_len, "max_model_len is", "max_model_len"
+        if max_tokens == 0:
+            if cache_tokens < limit:
+                limit, name, option = cache_tokens, "the KV-cache has room for", "kv_cache_bytes"
+            if num_prompt_tokens > limit:
+                raise CapacityError(
+                    f"the text has {num_prompt_tokens} tokens but {name} {limit}; shorten it or raise {option}"
+                )
+            return 0
         # The last token of an answer is never fed back, so it needs no place in the cache.
         if cache_tokens + 1 < limit:
             limit, name, option = cache_tokens + 1, "the KV-cache has room for", "kv_cache_bytes"

@@ -12,7 +12,7 @@ Status = Literal["new", "waiting", "running", "finished"]
 class Sequence:
     """token_ids          prompt, then the tokens generated so far (these survive a preemption)
     num_prompt_tokens  how many of them are the prompt
-    max_new_tokens     the answer ends after so many
+    max_new_tokens     the answer ends after so many; 0: pooled, there is no answer, and the last hidden state is wanted
     num_computed       tokens whose keys and values are in the cache
     block_table        its KV blocks; block i holds tokens i*block_size .. (i+1)*block_size-1
     """
@@ -25,6 +25,10 @@ class Sequence:
     block_table: list[int] = field(default_factory=list)
     status: Status = "new"
     num_preemptions: int = 0
+
+    @property
+    def is_pooled(self) -> bool:
+        return self.max_new_tokens == 0
 
     @property
     def num_generated(self) -> int:
@@ -51,7 +55,12 @@ class Chunk:
     @property
     def samples(self) -> bool:
         """Whether this chunk reaches the end of the sequence, so that its last row's logits give the next token."""
-        return self.end == len(self.sequence.token_ids)
+        return not self.sequence.is_pooled and self.end == len(self.sequence.token_ids)
+
+    @property
+    def pools(self) -> bool:
+        """Whether this chunk reaches the end of a pooled sequence: its last row's hidden state is the result."""
+        return self.sequence.is_pooled and self.end == len(self.sequence.token_ids)
 
 
 Schedule = list[Chunk]

@@ -6,6 +6,10 @@ import time
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import EngineError
 from ..types import CompletionOutput, Logprob, NgramGuard, RequestMetrics, RequestOutput, SamplingParams
 from .repetition import RepetitionDetector
 from .sampler import Sampled, SequenceSampler
@@ -46,6 +50,7 @@ class RequestState:
         self.finish_reason: str | None = None
         self.stop_reason: int | str | None = None
         self.error: Exception | None = None
+        self._pooled: NDArray[np.float32] | None = None
         self.metrics = RequestMetrics(preprocess_s=request.preprocess_s, num_image_tokens=request.num_image_tokens)
         self._arrived = time.perf_counter()
         self._scheduled: float | None = None
@@ -95,6 +100,19 @@ class RequestState:
         elif self.sequence.num_generated >= self.sequence.max_new_tokens:
             self.finish("length")
 
+    def accept_pooled(self, hidden: NDArray[np.float32]) -> None:
+        """Take the final hidden state [C] of the last token, which is all that a pooled request asks for."""
+        if not np.isfinite(hidden).all():
+            bad = int((~np.isfinite(hidden)).sum())
+            self.fail(
+                EngineError(
+                    f"{bad} of {len(hidden)} values of the hidden state are not finite; the weights or an op are broken"
+                )
+            )
+            return
+        self._pooled = hidden
+        self.finish("stop")
+
     def _feed(self, tokens: tuple[int, ...]) -> None:
         """Go on with tokens that were not chosen. The next pass computes them like a piece of the prompt.
 
@@ -136,7 +154,13 @@ class RequestState:
         )
         request = self.request
         return RequestOutput(
-            request.request_id, request.prompt, request.token_ids, [answer], self.finished, replace(self.metrics)
+            request.request_id,
+            request.prompt,
+            request.token_ids,
+            [answer],
+            self.finished,
+            replace(self.metrics),
+            self._pooled,
         )
 
     def _clock_token(self) -> None:

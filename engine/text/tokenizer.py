@@ -118,9 +118,22 @@ class Tokenizer:
     @functools.cached_property
     def prefix_ids(self) -> list[int]:
         """What tokenizer.json's post-processor puts before every text: a begin token for Llama 3, nothing for Qwen3."""
+        return self._surroundings[0]
+
+    @functools.cached_property
+    def suffix_ids(self) -> list[int]:
+        """What the post-processor puts after every text: <|endoftext|> for Qwen3-Embedding, nothing for Qwen3.
+
+        It is part of a text that is embedded, never of a prompt that is continued.
+        """
+        return self._surroundings[1]
+
+    @functools.cached_property
+    def _surroundings(self) -> tuple[list[int], list[int]]:
         plain = self.encode("a", parse_special=True)
         ids: list[int] = self._full.encode("a").ids
-        return next((ids[:i] for i in range(len(ids)) if ids[i : i + len(plain)] == plain), [])
+        found = (i for i in range(len(ids)) if ids[i : i + len(plain)] == plain)
+        return next(((ids[:i], ids[i + len(plain) :]) for i in found), ([], []))
 
     @functools.cached_property
     def _plain(self) -> tokenizers.Tokenizer:

@@ -28,6 +28,19 @@ def lists(batch: ForwardBatch) -> dict[str, list]:
     return {name: getattr(batch, name).tolist() for name in names}
 
 
+def test_pooled_sequences_have_rows_of_their_own() -> None:
+    """Only the chunk that ends a pooled text has one; a batch without any has no such tensor."""
+    builder = BatchBuilder(16, 4, 3, BLOCK)
+    a, b, c = (sequence(name, [1, 2, 3, 4], [block]) for block, name in enumerate("abc"))
+    b.max_new_tokens = c.max_new_tokens = 0
+    batch = builder.build([Chunk(a, 3, 1), Chunk(b, 0, 4), Chunk(c, 1, 2)])
+    assert batch.logit_rows.tolist() == [0]
+    assert batch.pooled_rows is not None
+    assert batch.pooled_rows.dtype == torch.int32
+    assert batch.pooled_rows.tolist() == [4]
+    assert builder.build([Chunk(a, 3, 1), Chunk(c, 1, 2)]).pooled_rows is None
+
+
 def test_prefill_chunk_and_decodes_in_one_batch() -> None:
     builder = BatchBuilder(16, 4, 3, BLOCK)
     a = sequence("a", [10, 11, 12, 13, 14, 15], [7, 2], prompt=3)

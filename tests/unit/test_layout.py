@@ -25,6 +25,7 @@ LAYERS = {
     "runtime": 4,
     "core": 5,
     "chat": 5,
+    "pooling": 5,
     "llm": 5,
     "handle": 5,
     "reader": 5,

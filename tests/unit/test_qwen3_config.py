@@ -13,6 +13,8 @@ from pagelens.errors import ConfigError
 from pagelens.loading.checkpoint import read_generation_config
 from pagelens.loading.presets import PRESETS
 from pagelens.loading.qwen3_config import read_text_config
+from pagelens.models.qwen3 import TextModel
+from pagelens.models.registry import class_of
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
@@ -168,6 +170,12 @@ def test_unknown_and_irrelevant_keys_change_nothing() -> None:
         "something_new": {"a": 1},
     }
     assert read_text_config({**moe(), **extra}) == read_text_config(moe())
+
+
+@pytest.mark.parametrize(("raw", "name"), [(dense(), "Qwen3Model"), (moe(), "Qwen3MoeModel"), (LLAMA, "LlamaModel")])
+def test_the_decoder_alone_is_an_architecture_too(raw: dict[str, Any], name: str) -> None:
+    assert read_text_config({**raw, "architectures": [name]}) == read_text_config(raw)
+    assert class_of({**raw, "architectures": [name]}) is TextModel
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
