@@ -203,6 +203,10 @@ void bind_packing(py::module_& m) {
       fill(pool, expert.down, down);
     });
   });
+  m.def("quantize", [](ThreadPool& pool, const Matrix& weight, int format, Address values, Address scales) {
+    const QuantizeArgs args{rows(weight), static_cast<Format>(format), at<int8_t>(values), at<void>(scales)};
+    return locked(pool, [&] { return kernels().quantize(pool, args); });
+  });
   m.def("map_linear", [](const Shape& shape, Address address, size_t bytes) {
     const LinearShape s = linear_shape(shape);
     auto memory = mapped(address, bytes, packed_bytes(s));

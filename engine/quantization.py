@@ -205,6 +205,7 @@ def _int8_scales(grouped: Tensor) -> Tensor:
 
 
 # Where the largest value of a group is put, on the scale of the whole numbers; a negative scale turns 8 around.
+# csrc/cpu/quantize.cpp has the same list.
 INT4_PLACES = (-8.0, 7.0, -8.5, 7.5, -9.0, 8.0)
 
 
@@ -213,10 +214,11 @@ def _int4_scales(grouped: Tensor) -> Tensor:
     index = grouped.abs().argmax(-1, keepdim=True)
     extreme = grouped.gather(-1, index)[..., 0]
     best = torch.zeros_like(extreme)
-    least = torch.full_like(extreme, torch.inf)
+    least = torch.full_like(extreme, torch.inf, dtype=torch.float64)
     for place in INT4_PLACES:
         scales = (extreme / place).to(torch.bfloat16).float()
-        error = (_round_to(grouped, scales, -8, 7) * scales[..., None] - grouped).square_().sum(-1)
+        # In double precision, so that the order of the sum does not decide between two candidates.
+        error = (_round_to(grouped, scales, -8, 7) * scales[..., None] - grouped).double().square_().sum(-1)
         best = torch.where(error < least, scales, best)
         least = torch.minimum(error, least)
     return best

@@ -153,6 +153,15 @@ struct MoeArgs {
   Rows residual, out;
 };
 
+// weight [n, k] -> values [n, k]; scales: int4 bfloat16 [n, ceil(k/32)], int8 float32 [n]. Returns a row with a NaN or
+// an infinity, or -1.
+struct QuantizeArgs {
+  Rows weight;
+  Format format;
+  int8_t* values;
+  void* scales;
+};
+
 // A function that returns a number returns -1, or the first row (paged_attention: sequence, grouped_gemm: flat index)
 // whose id, position, slot or block is outside its table; nothing is written then.
 struct KernelTable {
@@ -166,6 +175,7 @@ struct KernelTable {
   void (*moe_routing)(ThreadPool&, const RoutingArgs&);
   int64_t (*grouped_gemm)(ThreadPool&, const GroupedArgs&);
   void (*moe_ffn)(ThreadPool&, const MoeArgs&);
+  int64_t (*quantize)(ThreadPool&, const QuantizeArgs&);
   void (*resize_rgb_u8)(const uint8_t*, int64_t, int64_t, uint8_t*, int64_t, int64_t);
 };
 
@@ -191,6 +201,7 @@ void swiglu_ffn(ThreadPool& pool, const SwigluArgs& args);
 void moe_routing(ThreadPool& pool, const RoutingArgs& args);
 int64_t grouped_gemm(ThreadPool& pool, const GroupedArgs& args);
 void moe_ffn(ThreadPool& pool, const MoeArgs& args);
+int64_t quantize(ThreadPool& pool, const QuantizeArgs& args);
 
 // RGB bytes [src_h, src_w, 3] -> [dst_h, dst_w, 3], both contiguous: exactly Pillow's bicubic resize (before version
 // 13).

@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, overload
+from typing import Protocol, overload
 
 import torch
 from torch import Tensor
 
 from ..errors import WeightsError
-from ..quantization import Weight, quantize
+from ..quantization import QuantizedWeight, Weight
 from .strict_json import shown
 
 FLOAT_DTYPES = ("BF16", "F16", "F32")
@@ -67,7 +67,7 @@ class WeightSpec:
         return source in self.linear and source not in self.kept
 
 
-QuantizeTo = Literal["int8", "int4"]
+Quantizer = Callable[[Tensor], QuantizedWeight]
 Consume = Callable[[WeightSpec, Sequence[Weight]], None]
 
 
@@ -75,9 +75,9 @@ class SpecTensors(Sequence[Weight]):
     """The tensors of one spec, read and converted as they are asked for, so that few are in memory at a time."""
 
     def __init__(
-        self, checkpoint: TensorSource, spec: WeightSpec, dtype: torch.dtype, quantize_to: QuantizeTo | None
+        self, checkpoint: TensorSource, spec: WeightSpec, dtype: torch.dtype, quantizer: Quantizer | None
     ) -> None:
-        self._checkpoint, self._spec, self._dtype, self._quantize_to = checkpoint, spec, dtype, quantize_to
+        self._checkpoint, self._spec, self._dtype, self._quantizer = checkpoint, spec, dtype, quantizer
         self._recent: deque[str] = deque()
 
     def __len__(self) -> int:
@@ -95,8 +95,8 @@ class SpecTensors(Sequence[Weight]):
         self._recent.append(name)
         if len(self._recent) > KEPT_PAGES:
             self._checkpoint.release(self._recent.popleft())
-        if isinstance(tensor, Tensor) and self._quantize_to is not None and self._spec.is_quantized_on_load(name):
-            tensor = quantize(tensor, self._quantize_to)
+        if isinstance(tensor, Tensor) and self._quantizer is not None and self._spec.is_quantized_on_load(name):
+            tensor = self._quantizer(tensor)
         return tensor.to(self._dtype)
 
     def release(self) -> None:
@@ -111,7 +111,7 @@ def load_weights(
     unused: Iterable[str],
     dtype: torch.dtype,
     consume: Consume,
-    quantize_to: QuantizeTo | None = None,
+    quantizer: Quantizer | None = None,
     quantized_targets: str = "",
 ) -> None:
     """Call `consume(spec, tensors)` for every spec in order, tensors converted to `dtype`.
@@ -122,8 +122,7 @@ def load_weights(
                        where no conversion was needed: it must not write to them. Keeping one is allowed (it keeps the
                        file mapped). The file's pages are given back soon after a tensor was read, so memory peaks at
                        what `consume` keeps plus the few tensors that it packs together.
-    quantize_to        linear layers of specs whose target starts with `quantized_targets` are quantised as they are
-                       read
+    quantizer          applied to linear layers of specs whose target starts with `quantized_targets`
     Raises WeightsError listing every missing, left-over, wrongly shaped and wrongly typed tensor (the first ten of
     each kind), before any data is read.
     """
@@ -131,7 +130,7 @@ def load_weights(
         raise ValueError(f"weights can be loaded as float32 or bfloat16, not {dtype}")
     check_weights(checkpoint, specs, unused)
     for spec in specs:
-        chosen = quantize_to if spec.target.startswith(quantized_targets) else None
+        chosen = quantizer if spec.target.startswith(quantized_targets) else None
         tensors = SpecTensors(checkpoint, spec, dtype, chosen)
         consume(spec, tensors)
         tensors.release()

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..config import DeepseekOcrConfig
 from ..errors import ShapeError
 from ..loading.model_config import read_model_config
-from ..loading.weights import QuantizeTo, TensorSource, WeightSpec
+from ..loading.weights import TensorSource, WeightSpec
 from ..ops import OpCase, Ops
 from ..quantization import Weight
 from ..types import ForwardBatch, KVCacheView
@@ -24,7 +24,7 @@ from . import clip
 from .clip import ClipTower, clip_cases, clip_parts
 from .decoder import Decoder, decoder_cases, decoder_parts
 from .sam import SamTower, sam_cases, sam_parts
-from .weight_map import Part, linear_part, load_parts, pack_parts, tensor_part
+from .weight_map import Part, QuantizeTo, linear_part, load_parts, pack_parts, tensor_part
 
 if TYPE_CHECKING:
     from ..vision.tiling import TilePlan

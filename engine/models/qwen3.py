@@ -15,12 +15,12 @@ from torch import Tensor
 from ..config import TextModelConfig
 from ..loading.qwen3_config import read_text_config
 from ..loading.renamed import HEAD, prefixed_names, with_prefix
-from ..loading.weights import QuantizeTo, TensorSource, WeightSpec
+from ..loading.weights import TensorSource, WeightSpec
 from ..ops import OpCase, Ops
 from ..quantization import Weight
 from ..types import ForwardBatch, KVCacheView
 from .decoder import Decoder, decoder_cases, decoder_parts
-from .weight_map import Part, load_parts, pack_parts, plain
+from .weight_map import Part, QuantizeTo, load_parts, pack_parts, plain
 
 Stages = Callable[[str, Tensor], None]
 STACKED_EXPERTS = ".mlp.experts.gate_up_proj"

@@ -9,10 +9,11 @@ import torch
 
 from ..errors import ConfigError
 from ..loading.config_reader import ConfigReader
-from ..loading.weights import QuantizeTo, TensorSource, WeightSpec
+from ..loading.weights import TensorSource, WeightSpec
 from ..ops import OpCase, Ops
 from .deepseek_ocr import DeepseekOcr
 from .qwen3 import TextModel
+from .weight_map import QuantizeTo
 
 
 class ModelClass(Protocol):

@@ -6,20 +6,22 @@ configuration need?" (WeightSpec) and does the packing, so the two cannot disagr
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..errors import WeightsError
-from ..loading.weights import QuantizeTo, TensorSource, WeightSpec, load_weights
+from ..loading.weights import TensorSource, WeightSpec, load_weights
 from ..ops import Ops
-from ..quantization import Weight, quantize, stack_rows
+from ..quantization import Weight, stack_rows
 
 Pack = Callable[[Ops, Sequence[Any]], Any]
 Shape = tuple[int, ...]
+QuantizeTo = Literal["int8", "int4"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +138,8 @@ def load_parts(
         packed[spec.target] = by_target[spec.target].pack(ops, tensors)
 
     specs = [p.spec for p in by_target.values()]
-    load_weights(checkpoint, specs, unused, dtype, consume, quantize_to, QUANTIZED_ON_LOAD)
+    quantizer = None if quantize_to is None else functools.partial(ops.quantize, kind=quantize_to)
+    load_weights(checkpoint, specs, unused, dtype, consume, quantizer, QUANTIZED_ON_LOAD)
     return packed
 
 
@@ -169,7 +172,7 @@ def pack_parts(
         if not isinstance(tensor, Tensor):
             return tensor.to(dtype)
         if quantize_to is not None and spec.target.startswith(QUANTIZED_ON_LOAD) and spec.is_quantized_on_load(name):
-            return quantize(tensor.detach(), quantize_to).to(dtype)
+            return ops.quantize(tensor.detach(), quantize_to).to(dtype)
         return tensor.detach().to(dtype)
 
     return {p.spec.target: p.pack(ops, [taken(p.spec, name) for name in p.spec.sources]) for p in parts}

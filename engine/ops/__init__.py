@@ -23,7 +23,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from ..quantization import Weight
+from ..quantization import QuantizedWeight, Weight
 
 Activation = Literal["gelu", "quick_gelu", "silu"]
 OP_NAMES = (
@@ -105,6 +105,9 @@ class Ops(Protocol):
     name: str
 
     # ---- packing, once at load -------------------------------------------------------------------------------------
+    def quantize(self, weight: Tensor, kind: Literal["int8", "int4"]) -> QuantizedWeight:
+        """weight [O, C] rounded to 8 or 4 bits by the rule of quantization.quantize, the same bits in every backend."""
+
     def pack_linear(self, weight: Weight, bias: Tensor | None = None) -> Any:
         """weight [O, C] row-major, bias [O]; the result has the attributes out_features, in_features, dtype."""
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, Literal, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 
 from .. import _native
 from ..errors import ShapeError, UnsupportedError
-from ..quantization import QuantizedWeight, Weight, are_alike
+from ..quantization import INT4_GROUP, QuantizedWeight, Weight, are_alike, quantize
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 SCALE_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -165,6 +165,21 @@ class NativePacking:
     """
 
     _pool: _native.ThreadPool
+
+    def quantize(self, weight: Tensor, kind: Literal["int8", "int4"]) -> QuantizedWeight:
+        if weight.ndim != 2 or not weight.is_floating_point() or kind not in ("int8", "int4"):
+            return quantize(weight, kind)  # which says what is wrong
+        source = weight if weight.dtype in DTYPES else weight.float()
+        source = source if source.shape[1] < 2 or source.stride(1) == 1 else source.contiguous()
+        n, k = source.shape
+        size = max(k, 1) if kind == "int8" else min(INT4_GROUP, max(k, 1))
+        values = torch.empty(n, k, dtype=torch.int8)
+        scales = torch.empty(n, -(-k // size), dtype=torch.float32 if kind == "int8" else torch.bfloat16)
+        matrix = source.data_ptr(), n, k, source.stride(0), DTYPES[source.dtype]
+        bad = _native.quantize(self._pool, matrix, FORMATS[kind], values.data_ptr(), scales.data_ptr())
+        if bad >= 0:
+            raise ShapeError(f"quantize: row {bad} of the weight holds NaN or infinity; the checkpoint is damaged")
+        return QuantizedWeight(kind, values, scales, size, dtype=source.dtype)
 
     def pack_linear(self, weight: Weight, bias: Tensor | None = None) -> PackedLinear:
         weight = _checked("pack_linear", "weight", weight)

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import Literal, NoReturn
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from ..errors import ShapeError
-from ..quantization import QuantizedWeight, Weight
+from ..quantization import QuantizedWeight, Weight, quantize
 from . import Activation, OpCase, RopeTable, Routing
 from .reference_vision import ReferenceVisionOps
 
@@ -123,6 +123,9 @@ class ReferenceOps(ReferenceVisionOps):
 
     def close(self) -> None:
         """Nothing to release."""
+
+    def quantize(self, weight: Tensor, kind: Literal["int8", "int4"]) -> QuantizedWeight:
+        return quantize(weight, kind)
 
     # ---- packing ---------------------------------------------------------------------------------------------------
     def pack_linear(self, weight: Weight, bias: Tensor | None = None) -> PackedLinear:

@@ -18,6 +18,7 @@ from .reference import ReferenceOps
 Backend = Literal["auto", "reference", "native"]
 BACKENDS: tuple[str, ...] = ("auto", "reference", "native")
 PACKED_BY = {
+    "quantize": "linear",
     "pack_linear": "linear",
     "pack_swiglu": "swiglu_ffn",
     "pack_moe": "moe_ffn",
