@@ -6,7 +6,7 @@
 #include <algorithm>
 
 #include "common/thread_pool.h"
-#include "cpu/quantized.h"
+#include "cpu/quantized_few.h"
 #include "cpu/tile.h"
 
 namespace pagelens::PAGELENS_ISA {
@@ -146,7 +146,9 @@ inline void gemm(ThreadPool& pool, const Problem* problems, int64_t num_problems
       }
       have[thread] = {b.problem, b.row};
     }
-    if (p.weight.quantized()) {
+    if (p.weight.quantized() && runs_few_rows(p.weight, b.rows)) {
+      run_few_rows_block(p.weight, b, a, side, sums, epilogue);
+    } else if (p.weight.quantized()) {
       run_quantized_block(p.weight, b, a, side, sums, epilogue);
     } else {
       run_block(p, b, a, sums, epilogue);
