@@ -89,17 +89,42 @@ struct Moe {
 // (n, k, dtype, has_bias, format, activation, scale_dtype, group_size, has_zeros, has_order)
 using Shape = std::tuple<int64_t, int64_t, int, bool, int, int, int, int64_t, bool, bool>;
 
+// Throws std::invalid_argument: a shape may come from a file.
 LinearShape linear_shape(const Shape& s) {
-  return {std::get<0>(s),
-          std::get<1>(s),
-          static_cast<DType>(std::get<2>(s)),
-          std::get<3>(s),
-          static_cast<Format>(std::get<4>(s)),
-          static_cast<ActivationFormat>(std::get<5>(s)),
-          static_cast<DType>(std::get<6>(s)),
-          std::get<7>(s),
-          std::get<8>(s),
-          std::get<9>(s)};
+  const auto [n, k, dtype, has_bias, format, activation, scale_dtype, group_size, has_zeros, has_order] = s;
+  constexpr int64_t kMost = int64_t{1} << 31;
+  const bool good = n >= 0 && n < kMost && k >= 0 && k < kMost && (n == 0 || k < (int64_t{1} << 40) / n) &&
+                    dtype >= 0 && dtype <= 1 && format >= 0 && format <= 3 && activation >= 0 && activation <= 2 &&
+                    scale_dtype >= 0 && scale_dtype <= 2 && group_size >= 1 && group_size < kMost &&
+                    (format == 0 || group_size % 8 == 0 || group_size >= k) &&
+                    (format != 0 || (!has_zeros && !has_order && activation == 0));
+  if (!good) throw std::invalid_argument("a packed matrix has sizes or formats that no kernel has");
+  return {n,
+          k,
+          static_cast<DType>(dtype),
+          has_bias,
+          static_cast<Format>(format),
+          static_cast<ActivationFormat>(activation),
+          static_cast<DType>(scale_dtype),
+          group_size,
+          has_zeros,
+          has_order};
+}
+
+// The order of the inputs is followed without a check when rows are packed. Throws std::invalid_argument.
+const PackedLinear& checked_order(const PackedLinear& packed) {
+  if (packed.order)
+    for (int64_t i = 0; i < packed.k; i++)
+      if (packed.order[i] < 0 || packed.order[i] >= packed.k)
+        throw std::invalid_argument("the order of the inputs names input " + std::to_string(packed.order[i]) +
+                                    " of " + std::to_string(packed.k));
+  return packed;
+}
+
+const PackedSwiglu& checked_order(const PackedSwiglu& packed) {
+  checked_order(packed.gate_up);
+  checked_order(packed.down);
+  return packed;
 }
 
 // Addresses, 0 where there is none: (weight, scales, zeros) of one matrix, or of gate and up; their rows; order; bias
@@ -210,17 +235,20 @@ void bind_packing(py::module_& m) {
   m.def("map_linear", [](const Shape& shape, Address address, size_t bytes) {
     const LinearShape s = linear_shape(shape);
     auto memory = mapped(address, bytes, packed_bytes(s));
-    return Linear{memory, place(s, memory->data())};
+    return Linear{memory, checked_order(place(s, memory->data()))};
   });
   m.def("map_swiglu", [](const Shape& up, const Shape& down, Address address, size_t bytes) {
     const LinearShape u = linear_shape(up), d = linear_shape(down);
     auto memory = mapped(address, bytes, swiglu_bytes(u, d));
-    return Swiglu{memory, place_swiglu(u, d, memory->data())};
+    return Swiglu{memory, checked_order(place_swiglu(u, d, memory->data()))};
   });
   m.def("map_moe", [](int64_t count, const Shape& up, const Shape& down, std::optional<Swiglu> shared, Address address,
                       size_t bytes) {
     const LinearShape u = linear_shape(up), d = linear_shape(down);
-    return place_moe(mapped(address, bytes, moe_bytes(count, u, d)), count, u, d, std::move(shared));
+    if (count < 1 || count > 65536) throw std::invalid_argument(std::to_string(count) + " experts");
+    Moe layer = place_moe(mapped(address, bytes, moe_bytes(count, u, d)), count, u, d, std::move(shared));
+    for (const PackedSwiglu& expert : layer.experts) checked_order(expert);
+    return layer;
   });
 }
 

@@ -22,6 +22,7 @@ from .weight_map import Part, fused_linear_part, linear_part, part, plain, swigl
 from .workspace import Workspace
 
 Stages = Callable[[str, Tensor], None]
+HEAD_PART = "decoder.lm_head"
 
 
 def decoder_parts(
@@ -40,7 +41,7 @@ def decoder_parts(
     if has_head or config.tie_word_embeddings:
         # A tied head is packed from the table's tensor: the table itself stays as it is for look-ups.
         head = f"{prefix}.embed_tokens" if config.tie_word_embeddings else "lm_head"
-        parts.append(linear_part("decoder.lm_head", head, vocab, c, bias=False))
+        parts.append(linear_part(HEAD_PART, head, vocab, c, bias=False))
     outs = [config.num_heads * d, config.num_kv_heads * d, config.num_kv_heads * d]
     for i in range(config.num_layers):
         to, of = f"decoder.{i}", f"{prefix}.layers.{i}"
@@ -205,7 +206,7 @@ class Decoder:
         self._ops = ops
         self._embed: Tensor = packed["decoder.embed"]
         self._norm: Tensor = packed["decoder.norm"]
-        self._lm_head = packed.get("decoder.lm_head")
+        self._lm_head = packed.get(HEAD_PART)
         self._layers = [DecoderLayer(config, i, packed, ops) for i in range(config.num_layers)]
         self._rope = rope_table(config)
         self._scratch = Workspace(self._embed.device)

@@ -23,8 +23,9 @@ from ..vision.layout import build_rows
 from . import clip
 from .clip import ClipTower, clip_cases, clip_parts
 from .decoder import Decoder, decoder_cases, decoder_parts
+from .load_parts import load_parts
 from .sam import SamTower, sam_cases, sam_parts
-from .weight_map import Part, QuantizeTo, linear_part, load_parts, pack_parts, tensor_part
+from .weight_map import OpenedParts, Part, QuantizeTo, linear_part, pack_parts, tensor_part
 
 if TYPE_CHECKING:
     from ..vision.tiling import TilePlan
@@ -143,8 +144,12 @@ class DeepseekOcr:
         quantize_to: QuantizeTo | None = None,
     ) -> DeepseekOcr:
         """Pack every tensor as it is read; see load_parts. Raises WeightsError listing what does not fit."""
-        parts = cls.parts(config)
-        return cls(config, load_parts(checkpoint, parts, cls.UNUSED, dtype, ops, quantize_to), dtype, ops)
+        return cls(config, load_parts(cls.open_parts(checkpoint, config), dtype, ops, quantize_to), dtype, ops)
+
+    @classmethod
+    def open_parts(cls, checkpoint: TensorSource, config: DeepseekOcrConfig) -> OpenedParts:
+        """The weight map for a checkpoint."""
+        return OpenedParts(checkpoint, cls.parts(config), list(cls.UNUSED))
 
     @classmethod
     def from_tensors(

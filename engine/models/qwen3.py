@@ -15,12 +15,14 @@ from torch import Tensor
 from ..config import TextModelConfig
 from ..loading.qwen3_config import read_text_config
 from ..loading.renamed import HEAD, prefixed_names, with_prefix
+from ..loading.packed import PackedSource
 from ..loading.weights import TensorSource, WeightSpec
 from ..ops import OpCase, Ops
 from ..quantization import Weight
 from ..types import ForwardBatch, KVCacheView
-from .decoder import Decoder, decoder_cases, decoder_parts
-from .weight_map import Part, QuantizeTo, load_parts, pack_parts, plain
+from .decoder import HEAD_PART, Decoder, decoder_cases, decoder_parts
+from .load_parts import load_parts
+from .weight_map import OpenedParts, Part, QuantizeTo, pack_parts, plain
 
 Stages = Callable[[str, Tensor], None]
 STACKED_EXPERTS = ".mlp.experts.gate_up_proj"
@@ -73,13 +75,17 @@ class TextModel:
         ops: Ops,
         quantize_to: QuantizeTo | None = None,
     ) -> TextModel:
-        """Pack every tensor as it is read; see load_parts. Raises WeightsError listing what does not fit.
+        """Pack every tensor as it is read; see load_parts. Raises WeightsError listing what does not fit."""
+        return cls(config, load_parts(cls.open_parts(checkpoint, config), dtype, ops, quantize_to), dtype, ops)
 
-        The names of the decoder's tensors may lack `model.`, and the head may be absent.
-        """
-        checkpoint = with_prefix(checkpoint)
-        parts = cls.parts(config, *_variant(checkpoint.names()))
-        return cls(config, load_parts(checkpoint, parts, cls.unused(config), dtype, ops, quantize_to), dtype, ops)
+    @classmethod
+    def open_parts(cls, checkpoint: TensorSource, config: TextModelConfig) -> OpenedParts:
+        """The weight map for a checkpoint. Its tensors' names may lack `model.`, and the head may be absent."""
+        source = with_prefix(checkpoint)
+        stacked, has_head = _variant(source.names())
+        if isinstance(source, PackedSource):
+            has_head = HEAD_PART in source.folder.parts
+        return OpenedParts(source, cls.parts(config, stacked, has_head), cls.unused(config))
 
     @classmethod
     def from_tensors(

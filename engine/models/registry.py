@@ -13,7 +13,7 @@ from ..loading.weights import TensorSource, WeightSpec
 from ..ops import OpCase, Ops
 from .deepseek_ocr import DeepseekOcr
 from .qwen3 import TextModel
-from .weight_map import QuantizeTo
+from .weight_map import OpenedParts, QuantizeTo
 
 
 class ModelClass(Protocol):
@@ -24,6 +24,7 @@ class ModelClass(Protocol):
 
     def weight_specs(self, config: Any) -> list[WeightSpec]: ...
     def op_cases(self, config: Any, dtype: torch.dtype) -> list[OpCase]: ...
+    def open_parts(self, checkpoint: TensorSource, config: Any) -> OpenedParts: ...
     def load(
         self,
         checkpoint: TensorSource,

@@ -6,30 +6,42 @@ configuration need?" (WeightSpec) and does the packing, so the two cannot disagr
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..errors import WeightsError
-from ..loading.weights import TensorSource, WeightSpec, load_weights
+from ..loading.weights import TensorSource, WeightSpec
 from ..ops import Ops
 from ..quantization import Weight, stack_rows
 
 Pack = Callable[[Ops, Sequence[Any]], Any]
 Shape = tuple[int, ...]
 QuantizeTo = Literal["int8", "int4"]
+QUANTIZED_ON_LOAD = "decoder."  # targets whose linear layers `weights="int8"` and "int4" mean: not the vision towers
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One packed part: `spec` names its target, sources and shapes; `pack` turns the sources into what an op takes."""
+    """One packed part: `spec` names its target, sources and shapes; `pack` turns the sources into what an op takes.
+
+    fused  `pack` gives a FusedLinear
+    """
 
     spec: WeightSpec
     pack: Pack
+    fused: bool = False
+
+
+class OpenedParts(NamedTuple):
+    """A checkpoint as a model takes it: where its tensors come from, the parts they make, and names that are not used."""
+
+    source: TensorSource
+    parts: list[Part]
+    unused: list[str]
 
 
 class Norm(NamedTuple):
@@ -104,7 +116,7 @@ def fused_linear_part(target: str, prefixes: Sequence[str], out_features: Sequen
         columns = tuple(slice(end - size, end) for end, size in zip(ends, out_features))
         return FusedLinear(tuple(ops.pack_linear(weight) for weight in weights), columns)
 
-    return part(target, shapes, pack, linear=shapes)
+    return replace(part(target, shapes, pack, linear=shapes), fused=True)
 
 
 def swiglu_shapes(prefix: str, width: int, hidden: int) -> dict[str, Shape]:
@@ -114,33 +126,6 @@ def swiglu_shapes(prefix: str, width: int, hidden: int) -> dict[str, Shape]:
         f"{prefix}.up_proj.weight": (hidden, width),
         f"{prefix}.down_proj.weight": (width, hidden),
     }
-
-
-QUANTIZED_ON_LOAD = "decoder."  # targets whose linear layers `weights="int8"` and "int4" mean: not the vision towers
-
-
-def load_parts(
-    checkpoint: TensorSource,
-    parts: Iterable[Part],
-    unused: Iterable[str],
-    dtype: torch.dtype,
-    ops: Ops,
-    quantize_to: QuantizeTo | None = None,
-) -> dict[str, Any]:
-    """Pack every tensor as it is read. Raises WeightsError listing what does not fit.
-
-    quantize_to  the decoder's linear layers are quantised as they are read (routers and the table are not)
-    """
-    by_target = {p.spec.target: p for p in parts}
-    packed: dict[str, Any] = {}
-
-    def consume(spec: WeightSpec, tensors: Sequence[Weight]) -> None:
-        packed[spec.target] = by_target[spec.target].pack(ops, tensors)
-
-    specs = [p.spec for p in by_target.values()]
-    quantizer = None if quantize_to is None else functools.partial(ops.quantize, kind=quantize_to)
-    load_weights(checkpoint, specs, unused, dtype, consume, quantizer, QUANTIZED_ON_LOAD)
-    return packed
 
 
 def pack_parts(

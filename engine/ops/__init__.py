@@ -23,6 +23,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
+from ..loading.packed import PackedEntry
 from ..quantization import QuantizedWeight, Weight
 
 Activation = Literal["gelu", "quick_gelu", "silu"]
@@ -126,6 +127,15 @@ class Ops(Protocol):
         """weights: conv1 [F, C, 1, 1], norm1_weight, norm1_bias [F], conv2 [F, F, 3, 3], norm2_weight, norm2_bias [F],
         down1 [F2, F, 3, 3], down2 [F3, F2, 3, 3].
         """
+
+    def packed_memory(self, packed: Any) -> tuple[PackedEntry, list[Tensor]] | None:
+        """The bytes (uint8) of a packed linear, SwiGLU or mixture of experts, and what they are; None for other kinds.
+
+        The tensors are views that live as long as `packed`.
+        """
+
+    def map_packed(self, entry: PackedEntry, tensors: list[Tensor]) -> Any:
+        """The packed object whose bytes lie in `tensors`, which are used in place and kept alive, not copied."""
 
     # ---- decoder ---------------------------------------------------------------------------------------------------
     def embedding(self, token_ids: Tensor, table: Tensor, out: Tensor | None = None) -> Tensor:

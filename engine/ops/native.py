@@ -12,6 +12,7 @@ from torch import Tensor
 from .. import _native
 from ..errors import ConfigError, EngineClosedError, ShapeError, UnsupportedError
 from . import Activation, OpCase, RopeTable, Routing
+from .mapping import NativeMapping
 from .packing import DTYPES, NativePacking, PackedLinear, PackedMoe, PackedSwiglu, refuse, vector
 from .threads import MAX_THREADS, default_num_threads
 
@@ -56,7 +57,7 @@ def _rows(op: str, name: str, x: Tensor) -> Tensor:
     return x.view(-1, x.shape[-1]) if x.numel() else x.view(0, x.shape[-1])
 
 
-class NativeOps(NativePacking):
+class NativeOps(NativePacking, NativeMapping):
     """The ops of IMPLEMENTED, as ops/__init__.py describes them. `num_threads` None: one a physical core.
 
     Raises UnsupportedError if PAGELENS_CPU_ISA asks for an instruction set that cannot be used here, ConfigError for a

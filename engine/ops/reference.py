@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal, NoReturn
+from typing import Any, Literal, NoReturn
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..errors import ShapeError
+from ..errors import ShapeError, UnsupportedError
+from ..loading.packed import PackedEntry
 from ..quantization import QuantizedWeight, Weight, quantize
 from . import Activation, OpCase, RopeTable, Routing
 from .reference_vision import ReferenceVisionOps
@@ -126,6 +127,15 @@ class ReferenceOps(ReferenceVisionOps):
 
     def quantize(self, weight: Tensor, kind: Literal["int8", "int4"]) -> QuantizedWeight:
         return quantize(weight, kind)
+
+    def packed_memory(self, packed: Any) -> None:
+        """Nothing here has the layout of the native kernels."""
+
+    def map_packed(self, entry: PackedEntry, tensors: list[Tensor]) -> Any:
+        raise UnsupportedError(
+            "the folder holds weights in the layout of the native kernels, which backend reference cannot read; use "
+            "backend='native', or the checkpoint that it was made from"
+        )
 
     # ---- packing ---------------------------------------------------------------------------------------------------
     def pack_linear(self, weight: Weight, bias: Tensor | None = None) -> PackedLinear:

@@ -19,6 +19,8 @@ Backend = Literal["auto", "reference", "native"]
 BACKENDS: tuple[str, ...] = ("auto", "reference", "native")
 PACKED_BY = {
     "quantize": "linear",
+    "packed_memory": "linear",
+    "map_packed": "linear",
     "pack_linear": "linear",
     "pack_swiglu": "swiglu_ffn",
     "pack_moe": "moe_ffn",

@@ -1,0 +1,49 @@
+"""Packs the parts of a model from a checkpoint, or maps them from a packed folder."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ..errors import WeightsError
+from ..loading.packed import PackedSource
+from ..loading.weights import TensorSource, WeightSpec, load_weights
+from ..ops import Ops
+from ..quantization import Weight
+from .packed_parts import map_part
+from .weight_map import QUANTIZED_ON_LOAD, OpenedParts, Part, QuantizeTo
+
+
+def load_parts(
+    opened: OpenedParts, dtype: torch.dtype, ops: Ops, quantize_to: QuantizeTo | None = None
+) -> dict[str, Any]:
+    """Pack every tensor as it is read. Raises WeightsError listing what does not fit.
+
+    quantize_to  the decoder's linear layers are quantised as they are read (routers and the table are not)
+    """
+    by_target = {p.spec.target: p for p in opened.parts}
+    packed = map_parts(opened.source, by_target, dtype, ops)
+
+    def consume(spec: WeightSpec, tensors: Sequence[Weight]) -> None:
+        packed[spec.target] = by_target[spec.target].pack(ops, tensors)
+
+    specs = [p.spec for p in by_target.values() if p.spec.target not in packed]
+    quantizer = None if quantize_to is None else functools.partial(ops.quantize, kind=quantize_to)
+    load_weights(opened.source, specs, opened.unused, dtype, consume, quantizer, QUANTIZED_ON_LOAD)
+    return packed
+
+
+def map_parts(checkpoint: TensorSource, parts: dict[str, Part], dtype: torch.dtype, ops: Ops) -> dict[str, Any]:
+    """The parts that lie packed in the folder, by target; {} for any other checkpoint."""
+    if not isinstance(checkpoint, PackedSource):
+        return {}
+    unknown = sorted(set(checkpoint.folder.parts) - set(parts))
+    if unknown:
+        raise WeightsError(f"the folder holds a packed part {unknown[0]!r} that the model does not have")
+    return {
+        target: map_part(parts[target], entries, dtype, ops, checkpoint.packed_tensor)
+        for target, entries in checkpoint.folder.parts.items()
+    }

@@ -1,0 +1,95 @@
+"""Parts of a model to and from a packed folder: which parts can be written packed, and whether a packed one fits.
+
+A layout from a file reaches a kernel only if it has the sizes that the model's weight map says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import WeightsError
+from ..loading.packed import PREFIX, PackedEntry
+from ..ops import Ops
+from .weight_map import FusedLinear, Part
+
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1}
+Sizes = tuple[int, int]
+
+
+def write_part(part: Part, packed: Any, ops: Ops, add: Callable[[str, Tensor], None]) -> list[PackedEntry] | None:
+    """Hand the packed tensors of a part to `add`; None if it is not of a kind that has packed memory."""
+    pieces = packed.packed if isinstance(packed, FusedLinear) else (packed,)
+    entries = []
+    for i, piece in enumerate(pieces):
+        found = ops.packed_memory(piece)
+        if found is None:
+            return None
+        entry, tensors = found
+        entries.append(entry)
+        for name, tensor in zip(tensor_names(part.spec.target, i, entry), tensors, strict=True):
+            add(name, tensor.clone())  # the packed object goes before its shard is written
+    return entries
+
+
+def tensor_names(target: str, index: int, entry: PackedEntry) -> list[str]:
+    name = f"{PREFIX}{target}.{index}"
+    return [name, f"{name}.shared"] if entry.shared else [name]
+
+
+def map_part(
+    part: Part, entries: Sequence[PackedEntry], dtype: torch.dtype, ops: Ops, tensor: Callable[[str], Tensor]
+) -> Any:
+    """What part.pack would give, over mapped memory. Raises WeightsError if the file does not fit the model."""
+    target = part.spec.target
+    fault = find_fault(part, entries, DTYPE_CODES[dtype])
+    if fault:
+        raise WeightsError(f"packed part {target} does not fit the model: {fault}; write the folder again")
+    pieces = [
+        ops.map_packed(entry, [tensor(name) for name in tensor_names(target, i, entry)])
+        for i, entry in enumerate(entries)
+    ]
+    if not part.fused:
+        return pieces[0]
+    ends = [sum(entry.layouts[0][0] for entry in entries[: i + 1]) for i in range(len(entries))]
+    columns = [slice(end - entry.layouts[0][0], end) for end, entry in zip(ends, entries)]
+    return FusedLinear(tuple(pieces), tuple(columns))
+
+
+def find_fault(part: Part, entries: Sequence[PackedEntry], dtype_code: int) -> str | None:
+    """None if the sizes of all layouts are those of the weight map, else a sentence."""
+    shapes = dict(zip(part.spec.sources, part.spec.shapes))
+    matrices: list[Sizes] = [(s[0], s[1]) for name, s in shapes.items() if name in part.spec.linear]
+    layouts = [layout for entry in entries for layout in (*entry.layouts, *entry.shared)]
+    if any(layout[2] != dtype_code for layout in layouts):
+        return "it was packed for another dtype"
+    form = entries[0].form
+    if any(entry.form != form for entry in entries) or (len(entries) > 1 and not part.fused):
+        return f"{len(entries)} entries of form {form}"
+    found = [(layout[0], layout[1]) for layout in layouts]
+    if form == "linear":
+        has_bias = len(shapes) > len(matrices)
+        if any(layout[3] != has_bias for layout in layouts):
+            return "it has a bias that the model has not, or none"
+        wanted = (sum(n for n, _ in matrices), matrices[0][1])
+        total = (sum(n for n, _ in found), found[0][1])
+        return None if total == wanted and all(k == wanted[1] for _, k in found) else f"{total} instead of {wanted}"
+    if form == "swiglu":
+        expected = swiglu_sizes(matrices) if len(matrices) == 3 else []
+        return None if found == expected else f"{found} instead of {expected}"
+    experts, width = matrices[0]
+    expected = swiglu_sizes(matrices[1:4])
+    if len(matrices) > 1 + 3 * experts:
+        expected = expected + swiglu_sizes(matrices[-3:])
+    if entries[0].count != experts or found != expected or found[0][1] != width:
+        return f"{entries[0].count} experts of {found} instead of {experts} of {expected}"
+    return None
+
+
+def swiglu_sizes(matrices: Sequence[Sizes]) -> list[Sizes]:
+    """(n, k) of the packed gate_up and down of gate [I, C], up, down [C, I]."""
+    inner, width = matrices[0]
+    return [(-(-inner // 16) * 32, width), matrices[2]]
