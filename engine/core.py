@@ -195,6 +195,7 @@ def build_engine(config: EngineConfig) -> Engine:
     """
     from .loading.checkpoint import open_checkpoint
     from .loading.presets import find_description
+    from .loading.quantized import open_weights
     from .loading.random_weights import RandomWeights
     from .models.registry import class_of
     from .ops.registry import as_ops, resolve_ops
@@ -215,7 +216,7 @@ def build_engine(config: EngineConfig) -> Engine:
             model = network.load(weights, model_config, dtype, as_ops(ops))
         else:
             with open_checkpoint(folder) as checkpoint:
-                model = network.load(checkpoint, model_config, dtype, as_ops(ops))
+                model = network.load(open_weights(checkpoint), model_config, dtype, as_ops(ops))
         return Engine(config, model, dtype, tokenizer, (ops,), description)
     except BaseException:
         ops.close()

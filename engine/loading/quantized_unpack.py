@@ -1,0 +1,167 @@
+"""Bits of a quantised matrix -> QuantizedWeight. Knows layouts, no names of models; nothing is rounded.
+
+A word of 32 bits holds its values little end first; a file is little-endian, as is every machine this runs on, so the
+bytes of a word in memory are in the same order. Source: qwen3.md section 7.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from ..errors import WeightsError
+from ..quantization import QuantizedWeight
+from .compressed_config import CompressedScheme
+from .quantized_config import AwqScheme, Fp8Scheme, GptqScheme
+from .quantized_layouts import Layout
+from .strict_json import shown
+
+# Where AutoAWQ puts column 8c + n of word c, in nibbles from the little end: its shifts are 0, 16, 4, 20, 8, 24, 12, 28.
+AWQ_NIBBLES = (0, 4, 1, 5, 2, 6, 3, 7)
+FP8_NAN = 0x7F
+
+
+def unpack(module: str, layout: Layout, parts: Mapping[str, Tensor]) -> QuantizedWeight:
+    """The weight of a module from its tensors by role, whose shapes and dtypes are those of the layout.
+
+    Takes memory for the values as int8, once more while they are put in order, and a fraction of it for words.
+    Raises WeightsError naming the tensor if scales or 8-bit floats are not finite, if weight_shape is another, or if
+    the groups of g_idx are not of the group size.
+    """
+    scheme = layout.scheme
+    for role in ("scales", "weight_scale", "weight_scale_inv"):
+        if role in parts and not bool(parts[role].isfinite().all()):
+            raise WeightsError(f"{shown(f'{module}.{role}')} holds NaN or infinity; the checkpoint is damaged")
+    if isinstance(scheme, GptqScheme):
+        return _gptq(module, layout, scheme, parts)
+    if isinstance(scheme, AwqScheme):
+        return _awq(layout, parts)
+    if isinstance(scheme, Fp8Scheme):
+        values = _checked_fp8(module, parts["weight"])
+        scales = _expand_rows(parts["weight_scale_inv"], scheme.block[0], layout.shape[0])
+        return QuantizedWeight("fp8", values, scales, layout.group_size)
+    return _compressed(module, layout, scheme, parts)
+
+
+def unpack_words(words: Tensor, bits: int) -> Tensor:
+    """words [R, C] int32 of any strides -> values [R, C * 32 / bits] uint8, those of a word from its little end."""
+    data = words.contiguous().view(torch.uint8)
+    if bits == 8:
+        return data
+    values = torch.empty(*data.shape, 2, dtype=torch.uint8)
+    torch.bitwise_and(data, 15, out=values[..., 0])
+    torch.bitwise_right_shift(data, 4, out=values[..., 1])
+    return values.view(len(data), -1)
+
+
+def _centred(values: Tensor, bits: int) -> Tensor:
+    """uint8 0..15 or 0..255 -> int8, less 8 or 128."""
+    # Less 128 modulo 256 is the highest bit inverted.
+    return values.view(torch.int8) - 8 if bits == 4 else (values ^ 128).view(torch.int8)
+
+
+def _zeros_or_none(zeros: Tensor) -> Tensor | None:
+    """zeros as int16; None where all are 0, which kernels need not subtract."""
+    return zeros.to(torch.int16).contiguous() if bool(zeros.any()) else None
+
+
+def _gptq(module: str, layout: Layout, scheme: GptqScheme, parts: Mapping[str, Tensor]) -> QuantizedWeight:
+    values = _centred(unpack_words(parts["qweight"].t(), scheme.bits), scheme.bits)
+    # int16 first: a stored 15 (or 255) plus 1 is 16 (256), not 0.
+    stored = unpack_words(parts["qzeros"], scheme.bits).to(torch.int16)
+    zeros = _zeros_or_none(stored.t() + (scheme.zero_offset - (8 if scheme.bits == 4 else 128)))
+    order = _input_order(f"{module}.g_idx", parts["g_idx"], layout) if scheme.act_order else None
+    if order is not None:
+        values = values[:, order]
+    return QuantizedWeight(scheme.kind, values, parts["scales"].t().contiguous(), layout.group_size, zeros, order)
+
+
+def _awq(layout: Layout, parts: Mapping[str, Tensor]) -> QuantizedWeight:
+    values = _centred(_awq_columns(parts["qweight"]).t().contiguous(), 4)
+    zeros = _zeros_or_none(_centred(_awq_columns(parts["qzeros"]), 4).t()) if "qzeros" in parts else None
+    return QuantizedWeight("int4", values, parts["scales"].t().contiguous(), layout.group_size, zeros)
+
+
+def _awq_columns(words: Tensor) -> Tensor:
+    """[R, N/8] int32 -> [R, N] uint8 in the order of the columns."""
+    nibbles = unpack_words(words, 4).view(len(words), -1, 8)
+    return nibbles[..., torch.tensor(AWQ_NIBBLES)].view(len(words), -1)
+
+
+def _compressed(module: str, layout: Layout, scheme: CompressedScheme, parts: Mapping[str, Tensor]) -> QuantizedWeight:
+    n, k = layout.shape
+    order, zeros = None, parts.get("weight_zero_point")
+    if scheme.packed:
+        _check_shape(module, layout, parts["weight_shape"])
+        values = _centred(unpack_words(parts["weight_packed"], scheme.bits), scheme.bits)[:, :k].contiguous()
+        if zeros is not None:
+            zeros = _centred(unpack_words(zeros.t(), scheme.bits), scheme.bits)[:, :n].t()
+        if "weight_g_idx" in parts:
+            order = _input_order(f"{module}.weight_g_idx", parts["weight_g_idx"], layout)
+        if order is not None:
+            values = values[:, order]
+    else:
+        values = _checked_fp8(module, parts["weight"]) if scheme.kind == "fp8" else parts["weight"]
+    return QuantizedWeight(
+        scheme.kind,
+        values,
+        _as_groups(parts["weight_scale"], layout, scheme),
+        layout.group_size,
+        None if zeros is None else _zeros_or_none(_as_groups(zeros, layout, scheme)),
+        order,
+        scheme.activation,
+    )
+
+
+def _as_groups(grid: Tensor, layout: Layout, scheme: CompressedScheme) -> Tensor:
+    """A scale or zero for each group [N, G] from one for the tensor, for each row, group or block."""
+    n = layout.shape[0]
+    if scheme.strategy == "tensor":
+        return grid.reshape(1, 1).expand(n, 1).contiguous()
+    if scheme.strategy == "block":
+        return _expand_rows(grid, scheme.block[0], n)
+    return grid.reshape(n, -1)
+
+
+def _expand_rows(grid: Tensor, rows: int, n: int) -> Tensor:
+    """[ceil(N / rows), G] -> [N, G]."""
+    return grid.repeat_interleave(min(rows, n), 0)[:n].contiguous()
+
+
+def _checked_fp8(module: str, values: Tensor) -> Tensor:
+    if bool(((values.view(torch.uint8) & FP8_NAN) == FP8_NAN).any()):
+        raise WeightsError(f"{shown(f'{module}.weight')} holds NaN (byte 0x7F or 0xFF); the checkpoint is damaged")
+    return values
+
+
+def _check_shape(module: str, layout: Layout, said: Tensor) -> None:
+    if said.tolist() != list(layout.shape):
+        raise WeightsError(
+            f"{shown(f'{module}.weight_shape')} says {said.tolist()}, but the packed words and the scales are those of "
+            f"{list(layout.shape)}; the number of inputs must be a multiple of the group size or of a word's values"
+        )
+
+
+def _input_order(name: str, group_of: Tensor, layout: Layout) -> Tensor | None:
+    """[K] int64: the inputs sorted by their group, in a group as they were; None if they are in that order already.
+
+    group_of  [K] the group of each input; all -1, which compressed-tensors leaves where nothing was ordered, is None
+    """
+    k, size = layout.shape[1], layout.group_size
+    groups = k // size
+    low, high = int(group_of.min()), int(group_of.max())
+    if low == high == -1:
+        return None
+    if low < 0 or high >= groups:
+        raise WeightsError(f"{shown(name)} holds groups {low} to {high}; there are groups 0 to {groups - 1}")
+    counts = torch.bincount(group_of, minlength=groups)
+    if bool((counts != size).any()):
+        worst = int((counts != size).nonzero()[0])
+        raise WeightsError(
+            f"{shown(name)} gives group {worst} {int(counts[worst])} inputs, needs {size} in every group; quantise it "
+            "again with equal groups"
+        )
+    order = torch.argsort(group_of, stable=True)
+    return None if bool((order[1:] > order[:-1]).all()) else order
