@@ -6,7 +6,7 @@ ignoring it would give fluent nonsense. Source: qwen3.md section 7.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -19,8 +19,6 @@ from .strict_json import shown
 
 METHODS = ("fp8", "gptq", "awq", "compressed-tensors")
 MAX_RULES = 64
-# Of other layouts than AutoAWQ's "gemm", which is the one that Qwen publishes.
-AWQ_VERSIONS = ("gemm",)
 GPTQ_FORMATS = ("gptq", "gptq_v2")
 
 
@@ -114,8 +112,13 @@ def read_method(raw: Mapping[str, Any], where: str) -> QuantizationConfig:
             f"{where}: quant_method={shown(method)} is not supported; accepted: {', '.join(METHODS)}; use the original "
             "checkpoint (bfloat16), or one that is quantised in one of these formats"
         )
-    read = {"fp8": _read_fp8, "gptq": _read_gptq, "awq": _read_awq, "compressed-tensors": read_compressed}[method]
-    result: QuantizationConfig = read(reader)
+    readers: dict[str, Callable[[ConfigReader], QuantizationConfig]] = {
+        "fp8": _read_fp8,
+        "gptq": _read_gptq,
+        "awq": _read_awq,
+        "compressed-tensors": read_compressed,
+    }
+    result = readers[method](reader)
     reader.log_unread()
     return result
 
@@ -139,11 +142,9 @@ def _read_awq(reader: ConfigReader) -> AwqConfig:
     reader.require("bits", int, only=(4,))
     for key in ("version", "format"):
         version = reader.get(key, str, "gemm")
-        # AutoAWQ writes it in either case.
-        if version.lower() not in AWQ_VERSIONS:
-            reader.refuse(
-                key, version, f"{AWQ_VERSIONS[0]!r}; convert it, or use a GPTQ or compressed-tensors checkpoint"
-            )
+        # AutoAWQ writes it in either case. Its other versions pack in other orders.
+        if version.lower() != "gemm":
+            reader.refuse(key, version, "'gemm'; convert it, or use a GPTQ or compressed-tensors checkpoint")
     backend = reader.get("backend", str, "autoawq")
     if backend == "llm-awq":
         reader.refuse("backend", backend, "one that packs as AutoAWQ does, such as 'autoawq'")
@@ -182,13 +183,13 @@ def _read_rule(text: str, dynamic: Mapping[str, Any], base: GptqScheme, reader: 
 
 
 def _read_gptq_scheme(reader: ConfigReader, base: GptqScheme | None, zero_offset: Literal[0, 1]) -> GptqScheme:
-    bits = reader.get("bits", int, base and base.bits, only=(4, 8))
+    bits = reader.get("bits", int, base.bits if base else None, only=(4, 8))
     if bits is None:
         reader.missing("bits")
     reader.get("sym", bool, True)  # the zeros are read from the file either way
     act_order = reader.get("desc_act", bool, base.act_order if base else False)
     scheme = GptqScheme(bits, 0, act_order, zero_offset)
-    return replace(scheme, group_size=_read_group_size(reader, base and base.group_size))
+    return replace(scheme, group_size=_read_group_size(reader, base.group_size if base else None))
 
 
 def _read_group_size(reader: ConfigReader, default: int | None) -> int:

@@ -155,6 +155,7 @@ def _compressed(module: str, scheme: CompressedScheme, headers: Mapping[str, Hea
     main = headers[main_role(scheme)].shape
     n, k = main
     per_word = 32 // scheme.bits
+    grids: tuple[Shape, ...]
     if scheme.packed:
         k = _packed_inputs(module, scheme, headers, k * per_word)
     if scheme.strategy == "block":

@@ -18,7 +18,7 @@ from .quantized_config import AwqScheme, Fp8Scheme, GptqScheme
 from .quantized_layouts import Layout
 from .strict_json import shown
 
-# Where AutoAWQ puts column 8c + n of word c, in nibbles from the little end: its shifts are 0, 16, 4, 20, 8, 24, 12, 28.
+# The nibble, from the little end, in which AutoAWQ puts column 8c + n of word c: shifts 0, 16, 4, 20, 8, 24, 12, 28.
 AWQ_NIBBLES = (0, 4, 1, 5, 2, 6, 3, 7)
 FP8_NAN = 0x7F
 
@@ -57,9 +57,9 @@ def unpack_words(words: Tensor, bits: int) -> Tensor:
 
 
 def _centred(values: Tensor, bits: int) -> Tensor:
-    """uint8 0..15 or 0..255 -> int8, less 8 or 128."""
-    # Less 128 modulo 256 is the highest bit inverted.
-    return values.view(torch.int8) - 8 if bits == 4 else (values ^ 128).view(torch.int8)
+    """uint8 0..15 or 0..255 -> int8, less 8 or 128. Those of 4 bits are changed in place: `unpack_words` made them."""
+    # Less 128 modulo 256 is the highest bit inverted. Here `values` may be the file itself.
+    return values.view(torch.int8).sub_(8) if bits == 4 else (values ^ 128).view(torch.int8)
 
 
 def _zeros_or_none(zeros: Tensor) -> Tensor | None:

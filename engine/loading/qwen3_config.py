@@ -35,7 +35,7 @@ def read_text_config(raw: Mapping[str, Any], generation: Mapping[str, Any] | Non
     top = ConfigReader(raw, "config.json")
     model_type = _read_family(top)
     _refuse_unimplemented(top, model_type)
-    # How weights are stored changes nothing here; what cannot be read is refused before anything else is.
+    # How weights are stored changes nothing here; what cannot be read is refused early.
     top.ignore("quantization_config")
     read_quantization(raw)
     decoder = _read_decoder(top, model_type, ConfigReader(generation or {}, "generation_config.json"))

@@ -117,7 +117,7 @@ def load_weights(
                        where no conversion was needed: it must not write to them. Keeping one is allowed (it keeps the
                        file mapped). The file's pages are given back soon after a tensor was read, so memory peaks at
                        what `consume` keeps plus the few tensors that it packs together.
-    quantize_to        linear layers of specs whose target starts with `quantized_targets` are quantised as they are read
+    quantize_to        linear layers of specs whose target starts with `quantized_targets` are quantised when read
     Raises WeightsError listing every missing, left-over, wrongly shaped and wrongly typed tensor (the first ten of
     each kind), before any data is read.
     """
