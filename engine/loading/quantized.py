@@ -64,7 +64,9 @@ class QuantizedCheckpoint:
             self._modules[f"{module}.weight"] = (layout, tuple(found))
         if faults:
             more = f"; and {len(faults) - MAX_LISTED} more" if len(faults) > MAX_LISTED else ""
-            raise WeightsError("the quantised checkpoint is damaged: " + "; ".join(faults[:MAX_LISTED]) + more)
+            raise WeightsError(
+                "the checkpoint does not fit its quantization_config: " + "; ".join(faults[:MAX_LISTED]) + more
+            )
         self._plain = {name for name in checkpoint.names() if not _is_part(name, roles)}
 
     def names(self) -> list[str]:
@@ -146,6 +148,8 @@ def _roles_by_module(checkpoint: Checkpoint, config: QuantizationConfig) -> dict
     weights: list[str] = []
     for name in checkpoint.names():
         module, _, role = name.rpartition(".")
+        if not module:
+            continue
         if role in helpers:
             roles.setdefault(module, []).append(role)
         elif role == "weight":
