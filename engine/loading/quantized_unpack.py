@@ -6,7 +6,7 @@ bytes of a word in memory are in the same order. Source: qwen3.md section 7.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -21,12 +21,14 @@ from .strict_json import shown
 # The nibble, from the little end, in which AutoAWQ puts column 8c + n of word c: shifts 0, 16, 4, 20, 8, 24, 12, 28.
 AWQ_NIBBLES = (0, 4, 1, 5, 2, 6, 3, 7)
 FP8_NAN = 0x7F
+PIECE = 1 << 22
 
 
 def unpack(module: str, layout: Layout, parts: Mapping[str, Tensor]) -> QuantizedWeight:
     """The weight of a module from its tensors by role, whose shapes and dtypes are those of the layout.
 
-    Takes memory for the values as int8, once more while they are put in order, and a fraction of it for words.
+    Takes memory for the result, once more for words that are turned around, and a few MiB: rows are unpacked PIECE
+    values at a time.
     Raises WeightsError naming the tensor if scales or 8-bit floats are not finite, if weight_shape is another, or if
     the groups of g_idx are not of the group size.
     """
@@ -50,10 +52,10 @@ def unpack_words(words: Tensor, bits: int) -> Tensor:
     data = words.contiguous().view(torch.uint8)
     if bits == 8:
         return data
-    values = torch.empty(*data.shape, 2, dtype=torch.uint8)
-    torch.bitwise_and(data, 15, out=values[..., 0])
-    torch.bitwise_right_shift(data, 4, out=values[..., 1])
-    return values.view(len(data), -1)
+    # A byte becomes two: its low half and, eight bits up, its high half. Whole tensors, so that the loops are vectors.
+    pairs = data.to(torch.int16)
+    pairs.bitwise_or_(pairs << 4).bitwise_and_(0x0F0F)
+    return pairs.view(torch.uint8)
 
 
 def _centred(values: Tensor, bits: int) -> Tensor:
@@ -62,32 +64,52 @@ def _centred(values: Tensor, bits: int) -> Tensor:
     return values.view(torch.int8).sub_(8) if bits == 4 else (values ^ 128).view(torch.int8)
 
 
+def _pieces(n: int, k: int) -> Iterator[slice]:
+    """Slices of the rows of a matrix [n, k], each of about PIECE values."""
+    rows = max(1, PIECE // k)
+    return (slice(first, min(first + rows, n)) for first in range(0, n, rows))
+
+
+def _by_rows(shape: tuple[int, int], piece: Callable[[slice], Tensor], order: Tensor | None) -> Tensor:
+    """The matrix [N, K] int8 whose rows a slice at a time are piece(slice), its columns in this order."""
+    values = torch.empty(shape, dtype=torch.int8)
+    for rows in _pieces(*shape):
+        found = piece(rows)
+        values[rows] = found if order is None else found[:, order]
+    return values
+
+
 def _zeros_or_none(zeros: Tensor) -> Tensor | None:
     """zeros as int16; None where all are 0, which kernels need not subtract."""
     return zeros.to(torch.int16).contiguous() if bool(zeros.any()) else None
 
 
 def _gptq(module: str, layout: Layout, scheme: GptqScheme, parts: Mapping[str, Tensor]) -> QuantizedWeight:
-    values = _centred(unpack_words(parts["qweight"].t(), scheme.bits), scheme.bits)
+    words = parts["qweight"].t().contiguous()
+    order = _input_order(f"{module}.g_idx", parts["g_idx"], layout) if scheme.act_order else None
+    values = _by_rows(layout.shape, lambda rows: _centred(unpack_words(words[rows], scheme.bits), scheme.bits), order)
     # int16 first: a stored 15 (or 255) plus 1 is 16 (256), not 0.
     stored = unpack_words(parts["qzeros"], scheme.bits).to(torch.int16)
     zeros = _zeros_or_none(stored.t() + (scheme.zero_offset - (8 if scheme.bits == 4 else 128)))
-    order = _input_order(f"{module}.g_idx", parts["g_idx"], layout) if scheme.act_order else None
-    if order is not None:
-        values = values[:, order]
     return QuantizedWeight(scheme.kind, values, parts["scales"].t().contiguous(), layout.group_size, zeros, order)
 
 
 def _awq(layout: Layout, parts: Mapping[str, Tensor]) -> QuantizedWeight:
-    values = _centred(_awq_columns(parts["qweight"]).t().contiguous(), 4)
-    zeros = _zeros_or_none(_centred(_awq_columns(parts["qzeros"]), 4).t()) if "qzeros" in parts else None
+    values = _awq_rows(parts["qweight"])
+    zeros = _zeros_or_none(_awq_rows(parts["qzeros"])) if "qzeros" in parts else None
     return QuantizedWeight("int4", values, parts["scales"].t().contiguous(), layout.group_size, zeros)
 
 
-def _awq_columns(words: Tensor) -> Tensor:
-    """[R, N/8] int32 -> [R, N] uint8 in the order of the columns."""
-    nibbles = unpack_words(words, 4).view(len(words), -1, 8)
-    return nibbles[..., torch.tensor(AWQ_NIBBLES)].view(len(words), -1)
+def _awq_rows(words: Tensor) -> Tensor:
+    """[K, N/8] int32 -> [N, K] int8, less 8."""
+    words = words.t().contiguous()
+    rows, k = words.shape
+    values = torch.empty(rows, 8, k, dtype=torch.int8)
+    # One of the eight columns of all words at a time: their bits come to the end, and rows of the result are whole.
+    for column, nibble in enumerate(AWQ_NIBBLES):
+        for piece in _pieces(rows, k):
+            values[piece, column] = (words[piece] >> (4 * nibble)).bitwise_and_(15).sub_(8)
+    return values.view(8 * rows, k)
 
 
 def _compressed(module: str, layout: Layout, scheme: CompressedScheme, parts: Mapping[str, Tensor]) -> QuantizedWeight:
@@ -95,13 +117,14 @@ def _compressed(module: str, layout: Layout, scheme: CompressedScheme, parts: Ma
     order, zeros = None, parts.get("weight_zero_point")
     if scheme.packed:
         _check_shape(module, layout, parts["weight_shape"])
-        values = _centred(unpack_words(parts["weight_packed"], scheme.bits), scheme.bits)[:, :k].contiguous()
         if zeros is not None:
             zeros = _centred(unpack_words(zeros.t(), scheme.bits), scheme.bits)[:, :n].t()
         if "weight_g_idx" in parts:
             order = _input_order(f"{module}.weight_g_idx", parts["weight_g_idx"], layout)
-        if order is not None:
-            values = values[:, order]
+        words = parts["weight_packed"]
+        values = _by_rows(
+            (n, k), lambda rows: _centred(unpack_words(words[rows], scheme.bits), scheme.bits)[:, :k], order
+        )
     else:
         values = _checked_fp8(module, parts["weight"]) if scheme.kind == "fp8" else parts["weight"]
     return QuantizedWeight(
@@ -131,7 +154,8 @@ def _expand_rows(grid: Tensor, rows: int, n: int) -> Tensor:
 
 
 def _checked_fp8(module: str, values: Tensor) -> Tensor:
-    if bool(((values.view(torch.uint8) & FP8_NAN) == FP8_NAN).any()):
+    data = values.view(torch.uint8)
+    if any(int((data[rows] & FP8_NAN).max()) == FP8_NAN for rows in _pieces(*data.shape)):
         raise WeightsError(f"{shown(f'{module}.weight')} holds NaN (byte 0x7F or 0xFF); the checkpoint is damaged")
     return values
 
