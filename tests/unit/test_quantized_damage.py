@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -16,6 +18,7 @@ from torch import Tensor
 from pagelens.errors import ConfigError, WeightsError
 from pagelens.loading.checkpoint import open_checkpoint
 from pagelens.loading.quantized import open_weights
+from pagelens.loading.quantized_config import read_quantization
 from pagelens.loading.quantized_layouts import COMPRESSED_ROLES, FP8_ROLES, PACKED_ROLES
 
 from ..helpers.checkpoint_files import write_folder
@@ -27,8 +30,6 @@ N, K = 64, 96
 
 
 def module(fmt: str, name: str = "m") -> Tensors:
-    import numpy as np
-
     parts, _ = FORMATS[fmt][0](np.random.default_rng(1), N, K)
     return {f"{name}.{role}": part for role, part in parts.items()}
 
@@ -164,21 +165,26 @@ def test_values(case: str, tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
+def refusal(folder: Path) -> str:
+    """What is said when the folder is opened."""
+    with open_checkpoint(folder) as checkpoint, pytest.raises(WeightsError) as caught:
+        open_weights(checkpoint)
+    return str(caught.value)
+
+
 def test_a_group_size_of_another_file(tmp_path: Path) -> None:
-    with open_checkpoint(write(tmp_path, "gptq_int4", module("gptq_int4"), group_size=64)) as checkpoint:
-        with pytest.raises(WeightsError, match="'m' has 96 inputs, which group_size=64 does not divide"):
-            open_weights(checkpoint)
-    with open_checkpoint(write(tmp_path, "gptq_int4", module("gptq_int4"), group_size=16)) as checkpoint:
-        with pytest.raises(WeightsError, match=re.escape("is [3, 8], needs [6, 8]")):
-            open_weights(checkpoint)
+    parts = module("gptq_int4")
+    message = refusal(write(tmp_path / "64", "gptq_int4", parts, group_size=64))
+    assert "'m' has 96 inputs, which group_size=64 does not divide" in message
+    message = refusal(write(tmp_path / "16", "gptq_int4", parts, group_size=16))
+    assert "is [3, 8], needs [6, 8]" in message
 
 
 def test_the_method_of_another_file(tmp_path: Path) -> None:
     """Tensors that the method does not know are plain; the model then says that they are left over."""
-    with open_checkpoint(write(tmp_path, "awq", module("gptq_int8"))) as checkpoint:
-        with pytest.raises(WeightsError, match="'m' has 24 inputs, which group_size=32 does not divide"):
-            open_weights(checkpoint)
-    with open_checkpoint(write(tmp_path, "fp8", module("gptq_int4"))) as checkpoint:
+    message = refusal(write(tmp_path / "awq", "awq", module("gptq_int8")))
+    assert "'m' has 24 inputs, which group_size=32 does not divide" in message
+    with open_checkpoint(write(tmp_path / "fp8", "fp8", module("gptq_int4"))) as checkpoint:
         assert sorted(open_weights(checkpoint).names()) == ["m.g_idx", "m.qweight", "m.qzeros", "m.scales"]
 
 
@@ -187,12 +193,9 @@ def test_many_faults_are_counted(tmp_path: Path) -> None:
     for index in range(30):
         tensors |= module("gptq_int4", f"m{index:02}")
         del tensors[f"m{index:02}.scales"]
-    with open_checkpoint(write(tmp_path, "gptq_int4", tensors)) as checkpoint:
-        with pytest.raises(WeightsError) as caught:
-            open_weights(checkpoint)
-    text = str(caught.value)
-    assert "'m09.scales' is missing; and 20 more" in text
-    assert "m10" not in text
+    message = refusal(write(tmp_path, "gptq_int4", tensors))
+    assert message.count("is missing") == 10
+    assert message.endswith("; and 20 more")
 
 
 def test_a_matrix_of_absurd_size(tmp_path: Path) -> None:
@@ -200,14 +203,11 @@ def test_a_matrix_of_absurd_size(tmp_path: Path) -> None:
         "m.weight": torch.zeros(2**20 + 1, 1, dtype=torch.uint8).view(torch.float8_e4m3fn),
         "m.weight_scale_inv": torch.ones(2**15 + 1, 1),
     }
-    with open_checkpoint(write(tmp_path, "fp8", tensors)) as checkpoint:
-        with pytest.raises(WeightsError, match=r"'m' is a matrix \[1048577, 1\]; the limit is 1048576 a dimension"):
-            open_weights(checkpoint)
+    message = refusal(write(tmp_path, "fp8", tensors))
+    assert "'m' is a matrix [1048577, 1]; the limit is 1048576 a dimension" in message
 
 
 def test_blocks_larger_than_the_matrix(tmp_path: Path) -> None:
-    import numpy as np
-
     parts, meant = fp8(np.random.default_rng(0), 5, 7, "weight_scale_inv", (128, 128))
     folder = write(tmp_path, "fp8", {f"m.{r}": p for r, p in parts.items()}, weight_block_size=[2**20, 2**20])
     with open_checkpoint(folder) as checkpoint:
@@ -253,10 +253,6 @@ CONFIG_VALUES = st.recursive(
 @given(data=st.data())
 def test_any_config_gives_a_config_or_an_error(data: Any) -> None:
     """One value at any depth of a good config replaced by anything: read, or refused in one line."""
-    import copy
-
-    from pagelens.loading.quantized_config import read_quantization
-
     raw = copy.deepcopy(FORMATS[data.draw(st.sampled_from(sorted(FORMATS)))][1])
     place: Any = raw
     while True:
