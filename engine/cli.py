@@ -7,6 +7,7 @@ done; 1: broken pipe; 2: an input or option was refused (other inputs of the cal
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import sys
@@ -86,6 +87,21 @@ def build_parser() -> argparse.ArgumentParser:
     chat.add_argument("--json", action="store_true", help="print one JSON object an answer")
     chat.set_defaults(run=run_chat)
 
+    quantize = commands.add_parser(
+        "quantize",
+        help="write a checkpoint again, quantised and packed",
+        description="Writes DST in the layout of the native kernels: it is mapped and starts without conversion.",
+    )
+    quantize.add_argument("source", metavar="SRC", help="checkpoint folder or hub id")
+    quantize.add_argument("target", metavar="DST", help="new or empty folder")
+    quantize.add_argument(
+        "--weights", default="int8", choices=("int8", "int4", "auto"), help="auto: packed as the checkpoint has them"
+    )
+    quantize.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
+    quantize.add_argument("--threads", type=int, help="threads that pack; default: one a physical core")
+    quantize.add_argument("--json", action="store_true", help="print the report as JSON")
+    quantize.set_defaults(run=run_quantize)
+
     doctor = commands.add_parser("doctor", help="show the machine and which kernels would be used")
     doctor.add_argument("--backend", default="auto", choices=("auto", "reference", "native"))
     doctor.add_argument("--json", action="store_true", help="print JSON")
@@ -153,6 +169,14 @@ def run_chat(args: argparse.Namespace) -> int:
     from .chat_command import chat
 
     return chat(args, engine_options(args))
+
+
+def run_quantize(args: argparse.Namespace) -> int:
+    from .quantize import describe, quantize_checkpoint
+
+    report = quantize_checkpoint(args.source, args.target, args.weights, args.dtype, args.threads)
+    print(json.dumps(dataclasses.asdict(report)) if args.json else describe(report, args.target))
+    return EXIT_OK
 
 
 def run_doctor(args: argparse.Namespace) -> int:

@@ -218,6 +218,23 @@ def read_judge_rows(
     return TextModel.head_rows(source, model_config, judges, dtype)
 
 
+def check_weights_option(weights: str, source: TensorSource, dtype: torch.dtype) -> None:
+    """Nothing is quantised twice, and a packed folder runs as it was packed. Raises ConfigError."""
+    from .loading.packed import PackedSource
+    from .loading.quantized import QuantizedCheckpoint
+
+    if isinstance(source, QuantizedCheckpoint) and weights != "auto":
+        raise ConfigError(f"weights={weights!r}, but the checkpoint is quantised already; use weights='auto'")
+    if not isinstance(source, PackedSource):
+        return
+    folder = source.folder
+    if weights not in ("auto", folder.weights) or DTYPES[folder.dtype] != dtype:
+        raise ConfigError(
+            f"the folder was packed with weights={folder.weights!r} for dtype={folder.dtype!r}, not with "
+            f"weights={weights!r} for {dtype}; leave both at 'auto', or quantise the original checkpoint again"
+        )
+
+
 def build_engine(config: EngineConfig) -> Engine:
     """Load a model and make an engine of it: the one place where files, ops, network and runtime meet.
 
@@ -225,6 +242,7 @@ def build_engine(config: EngineConfig) -> Engine:
     """
     from .loading.checkpoint import open_checkpoint
     from .loading.presets import find_description
+    from .loading.quantized import open_weights
     from .loading.random_weights import RandomWeights
     from .models.registry import class_of
     from .ops.registry import as_ops, resolve_ops
@@ -247,8 +265,10 @@ def build_engine(config: EngineConfig) -> Engine:
             rows = read_judge_rows(weights, model_config, tokenizer, dtype)
         else:
             with open_checkpoint(folder) as checkpoint:
-                model = network.load(checkpoint, model_config, dtype, as_ops(ops), quantize_to)
-                rows = read_judge_rows(checkpoint, model_config, tokenizer, dtype)
+                source = open_weights(checkpoint)
+                check_weights_option(config.weights, source, dtype)
+                model = network.load(source, model_config, dtype, as_ops(ops), quantize_to)
+                rows = read_judge_rows(source, model_config, tokenizer, dtype)
         return Engine(config, model, dtype, tokenizer, (ops,), description, rows)
     except BaseException:
         ops.close()

@@ -155,4 +155,3 @@ def describe(report: QuantizeReport, target: str | Path) -> str:
         f"wrote {target}: {gigabytes:.2f} GB ({share:.0%} of the source) in {report.seconds:.1f} s, "
         f"{report.num_packed_parts} packed parts"
     )
-

@@ -20,6 +20,7 @@ from ..config import (
 )
 from ..errors import ConfigError
 from .config_reader import MAX_SIZE, ConfigReader
+from .quantized_config import read_quantization
 
 MODEL_TYPE = "deepseek_vl_v2"
 # DeepSeek-VL2 has the same model_type, so the architecture decides.
@@ -35,6 +36,8 @@ def read_model_config(raw: Mapping[str, Any]) -> DeepseekOcrConfig:
     """
     top = ConfigReader(raw, "config.json")
     _check_family(top)
+    top.ignore("quantization_config")
+    read_quantization(raw)
     vision = top.section("vision_config")
     width = vision.section("width")
     # Wrong for both towers in the real file (3.7362; the towers use 4), so it must never become a size.
@@ -63,7 +66,6 @@ def _check_family(top: ConfigReader) -> None:
     architectures = top.get("architectures", (str,), None)
     if architectures is not None and ARCHITECTURE not in architectures:
         top.refuse("architectures", list(architectures), f"[{ARCHITECTURE!r}]")
-    top.get("quantization_config", object, None, only=(None,))
 
 
 def _read_sam(sam: ConfigReader, image_size: int) -> SamConfig:

@@ -16,6 +16,7 @@ from typing import Any
 from ..config import DecoderConfig, MoeConfig, TextModelConfig, YarnConfig
 from ..errors import ConfigError
 from .config_reader import MAX_SIZE, ConfigReader
+from .quantized_config import read_quantization
 
 MODEL_TYPES = {
     "Qwen3ForCausalLM": "qwen3",
@@ -34,6 +35,9 @@ def read_text_config(raw: Mapping[str, Any], generation: Mapping[str, Any] | Non
     top = ConfigReader(raw, "config.json")
     model_type = _read_family(top)
     _refuse_unimplemented(top, model_type)
+    # How weights are stored changes nothing here; what cannot be read is refused early.
+    top.ignore("quantization_config")
+    read_quantization(raw)
     decoder = _read_decoder(top, model_type, ConfigReader(generation or {}, "generation_config.json"))
     config = TextModelConfig(decoder, top.get_dtype(), model_type)
     top.log_unread()
@@ -52,7 +56,6 @@ def _read_family(top: ConfigReader) -> str:
 
 def _refuse_unimplemented(top: ConfigReader, model_type: str) -> None:
     """Settings that change the network and of which one value is implemented."""
-    top.get("quantization_config", object, None, only=(None,))
     top.get("hidden_act", str, "silu", only=("silu",))
     for key in ("attention_bias", "mlp_bias", "qkv_bias", "use_sliding_window"):
         top.get(key, bool, False, only=(False,))

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from ..config import TextModelConfig
+from ..loading.packed import PackedSource
 from ..loading.qwen3_config import read_text_config
 from ..loading.renamed import HEAD, prefixed_names, with_prefix
-from ..loading.packed import PackedSource
 from ..loading.weights import TensorSource, WeightSpec
 from ..ops import OpCase, Ops
 from ..quantization import Weight

@@ -37,7 +37,7 @@ class Part:
 
 
 class OpenedParts(NamedTuple):
-    """A checkpoint as a model takes it: where its tensors come from, the parts they make, and names that are not used."""
+    """A checkpoint as a model takes it: the source of its tensors, the parts they make, names that are not used."""
 
     source: TensorSource
     parts: list[Part]

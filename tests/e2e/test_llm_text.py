@@ -177,7 +177,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
         },
         r"config\.json: architectures='Qwen3ForCausalLM'": {"architectures": "Qwen3ForCausalLM"},
         r"config\.json: model_type is missing": {"model_type": ...},
-        r"quantization_config=.* is not supported": {"quantization_config": {"quant_method": "exl9"}},
+        r"quantization_config: quant_method='exl9' is not supported": {"quantization_config": {"quant_method": "exl9"}},
     }
     config = (tmp_path / "config.json").read_text(encoding="utf-8")
     for message, changes in edits.items():

@@ -30,6 +30,7 @@ LAYERS = {
     "handle": 5,
     "reader": 5,
     "doctor": 5,
+    "quantize": 5,
     "cli": 6,
     "read_files": 6,
     "chat_command": 6,

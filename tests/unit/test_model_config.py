@@ -208,7 +208,7 @@ BAD: list[tuple[Part, str, Any, str]] = [
     (top, "model_type", "qwen3", "model_type='qwen3'"),
     (top, "model_type", None, "model_type is missing"),
     (top, "architectures", ["DeepseekVLV2ForCausalLM"], "architectures="),
-    (top, "quantization_config", {"quant_method": "fp8"}, "quantization_config="),
+    (top, "quantization_config", {"quant_method": "exl9"}, "quantization_config: quant_method='exl9'"),
     (top, "torch_dtype", "float64", "torch_dtype='float64'"),
     (top, "image_token_id", 129280, "image_token_id=129280 .* 0 to 129279"),
     (top, "image_token_id", -1, "image_token_id=-1"),

@@ -188,7 +188,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"architectures": ["Qwen3MoeForCausalLM"]},
         r"\['Qwen3ForCausalLM'\] for model_type",
     ),
-    "quantised": ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config=.*gptq"),
+    "quantised": ({"quantization_config": {"quant_method": "mxfp4"}}, "quant_method='mxfp4' .*use the original"),
     "sliding window": ({"use_sliding_window": True, "sliding_window": 4096}, "use_sliding_window=True"),
     "sliding layers": (
         {"layer_types": ["full_attention", "sliding_attention"]},
