@@ -10,12 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 from helpers.checkpoint_files import DATA, load_tool
-from helpers.text_models import all_logits
+from helpers.text_models import all_logits, one_torch_thread
 from torch import Tensor
 
 from pagelens import LLM, SamplingParams
@@ -24,12 +24,20 @@ from pagelens.core import build_engine
 
 pytestmark = pytest.mark.slow
 
+# Asked in chat, or given to be continued. With 4 bits a weight this small model is often wrong and seldom sure: these
+# are of what it knows for certain, so that bfloat16 changes none of them.
 ANSWERS = {
-    "What is the capital of France?": "Paris",
+    "What is the opposite of hot?": "cold",
     "What is 2+2?": "4",
     "What colour is the sky on a clear day?": "blue",
     "Name three fruits.": "Banana",
+    "How many days are there in a week?": "7",
     "Who wrote Romeo and Juliet?": "Shakespeare",
+}
+CONTINUED = {
+    "The capital of France is": "Paris",
+    "Monday, Tuesday, Wednesday,": "Thursday",
+    "One, two, three, four,": "five",
 }
 PROMPTS = (
     "Explain in a few sentences why the sky is blue.",
@@ -42,6 +50,13 @@ FLOAT32_ERROR = 1e-5
 # Form of the weights -> the most that perplexity in bfloat16 may be, times that in float32.
 WEIGHTS = {"auto": 1.01}
 CONTEXT = 1024
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_torch_thread() -> Iterator[None]:
+    """On a busy machine torch's threads mostly wait for each other; ours have a pool of their own."""
+    with one_torch_thread():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -78,9 +93,9 @@ def prompts(folder: Path) -> list[list[int]]:
     return [list(item["input_ids"]) for item in rendered]
 
 
-def our_logits(folder: Path, ids: list[int]) -> Tensor:
-    """[len(ids), V] in float32."""
-    engine = build_engine(EngineConfig(str(folder), dtype="float32", max_model_len=512, max_num_seqs=1, num_threads=2))
+def our_logits(folder: Path, ids: list[int], dtype: Literal["float32", "bfloat16"] = "float32") -> Tensor:
+    """[len(ids), V]"""
+    engine = build_engine(EngineConfig(str(folder), dtype=dtype, max_model_len=512, max_num_seqs=1, num_threads=2))
     try:
         return torch.cat(list(load_tool("perplexity").logits_of(engine, ids)))
     finally:
@@ -107,11 +122,15 @@ def test_it_answers(dtype: str, folder: Path) -> None:
     conversations = [[{"role": "user", "content": question}] for question in ANSWERS]
     with LLM(folder, dtype=dtype, num_threads=2) as llm:
         outputs = llm.chat(conversations, {"temperature": 0, "max_tokens": 40})
-        alone = llm.chat(conversations[0], {"temperature": 0, "max_tokens": 64, "ignore_eos": True})[0]
-    for (question, expected), output in zip(ANSWERS.items(), outputs):
-        print(f"{dtype}: {question} -> {output.outputs[0].text!r}")
+        outputs += llm.generate(list(CONTINUED), SamplingParams(max_tokens=16))
+        # The model's best known answer is a near-tie in its first token, which bfloat16 may decide otherwise.
+        question = [{"role": "user", "content": "What is the capital of France?"}]
+        alone = llm.chat(question, {"temperature": 0, "max_tokens": 64, "ignore_eos": True})[0]
+    for (prompt, expected), output in zip([*ANSWERS.items(), *CONTINUED.items()], outputs, strict=True):
+        print(f"{dtype}: {prompt} -> {output.outputs[0].text!r}")
         assert expected in output.outputs[0].text
-    assert outputs[0].outputs[0].finish_reason == "stop"
+    assert "stop" in {output.outputs[0].finish_reason for output in outputs}
+    assert dtype != "float32" or alone.outputs[0].text.startswith("The capital of France is Paris.")
     metrics, count = alone.metrics, len(alone.outputs[0].token_ids)
     print(
         f"{dtype}, alone: {len(alone.prompt_token_ids)} tokens read in {metrics.prefill_s:.3f} s, "
@@ -153,6 +172,21 @@ def test_greedy_text_equals_transformers(folder: Path, oracle: Any, llm: LLM, pr
         num_ties, num_compared, num_equal = num_ties + ties, num_compared + len(theirs), num_equal + (ties == 0)
     print(f"{num_equal} of {len(PROMPTS)} texts equal, {num_ties} near-ties in {num_compared} tokens")
     assert num_ties <= 3, "near-ties are rare, or the error that excuses them is too large"
+
+
+def test_bfloat16_is_as_near_to_float32_as_transformers(folder: Path, oracle: Any, prompts: list[list[int]]) -> None:
+    """Root mean square over all logits of a prompt. Ours rounds at fewer places; a quarter is left to luck."""
+    from transformers import LlamaForCausalLM
+
+    rounded = LlamaForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, attn_implementation="eager").eval()
+    for ids in prompts:
+        exact = all_logits(oracle, ids)
+        ours, theirs = (
+            float((logits.float() - exact).square().mean().sqrt())
+            for logits in (our_logits(folder, ids, "bfloat16"), all_logits(rounded, ids))
+        )
+        print(f"bfloat16 of float32, {len(ids)} tokens: ours {ours:.3f}, transformers' {theirs:.3f}")
+        assert ours <= 1.25 * theirs
 
 
 def first_difference(a: list[int], b: list[int]) -> int | None:
