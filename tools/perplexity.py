@@ -58,7 +58,9 @@ def logits_of(engine: Engine, ids: list[int], chunk: int = CHUNK) -> Iterator[Te
             block_tables=torch.arange(num_blocks, dtype=torch.int32).unsqueeze(0),
             logit_rows=torch.arange(end - start, dtype=torch.int32),
         )
-        yield engine.runner.run(batch)
+        with torch.inference_mode():
+            logits = engine.runner.model.forward(batch, kv)
+        yield logits
 
 
 def token_logprobs(engine: Engine, ids: list[int], context: int) -> list[float]:

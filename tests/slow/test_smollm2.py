@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_type_hints
 
 import pytest
 import torch
@@ -47,8 +47,10 @@ PROMPTS = (
 NUM_TOKENS = 96
 # Of the largest logit. Two orders of summation in float32, 30 layers deep; a fault in a formula shows at 1e-3 and more.
 FLOAT32_ERROR = 1e-5
-# Form of the weights -> the most that perplexity in bfloat16 may be, times that in float32.
-WEIGHTS = {"auto": 1.01}
+# Form of the weights -> the most that perplexity in bfloat16 may be, times that in float32. Every form that EngineConfig
+# has is measured. The file's weights have 4 bits already: a second rounding to 4 bits costs this model much.
+MOST_PERPLEXITY = {"auto": 1.01, "int8": 1.02, "int4": 1.4}
+WEIGHTS = get_args(get_type_hints(EngineConfig)["weights"])
 CONTEXT = 1024
 
 
@@ -226,4 +228,4 @@ def test_perplexity(weights: str, folder: Path, float32_perplexity: float) -> No
         f"bfloat16, weights {weights}: perplexity {measured['perplexity']:.3f} over {measured['num_tokens']} tokens, "
         f"{measured['tokens_per_s']} tokens/s"
     )
-    assert float32_perplexity / 1.01 <= measured["perplexity"] <= WEIGHTS[weights] * float32_perplexity
+    assert float32_perplexity / 1.01 <= measured["perplexity"] <= MOST_PERPLEXITY[weights] * float32_perplexity
