@@ -47,8 +47,8 @@ PROMPTS = (
 NUM_TOKENS = 96
 # Of the largest logit. Two orders of summation in float32, 30 layers deep; a fault in a formula shows at 1e-3 and more.
 FLOAT32_ERROR = 1e-5
-# Form of the weights -> the most that perplexity in bfloat16 may be, times that in float32. Every form that EngineConfig
-# has is measured. The file's weights have 4 bits already: a second rounding to 4 bits costs this model much.
+# Form of the weights -> the most that perplexity in bfloat16 may be, times that in float32. Every form that there is in
+# EngineConfig is measured. The file's weights have 4 bits already: a second rounding to 4 bits costs this model much.
 MOST_PERPLEXITY = {"auto": 1.01, "int8": 1.02, "int4": 1.4}
 WEIGHTS = get_args(get_type_hints(EngineConfig)["weights"])
 CONTEXT = 1024
