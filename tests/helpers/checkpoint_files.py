@@ -34,18 +34,20 @@ def entry(dtype: str, shape: list[Any], start: Any, end: Any) -> dict[str, Any]:
     return {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
 
 
-@functools.lru_cache(maxsize=1)
-def random_checkpoint_tool() -> ModuleType:
-    """tools/make_random_checkpoint.py as a module."""
-    spec = importlib.util.spec_from_file_location(
-        "make_random_checkpoint", ROOT / "tools" / "make_random_checkpoint.py"
-    )
+@functools.lru_cache
+def load_tool(name: str) -> ModuleType:
+    """tools/NAME.py as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
+
+
+def random_checkpoint_tool() -> ModuleType:
+    return load_tool("make_random_checkpoint")
 
 
 def read_data(name: str) -> dict[str, Any]:

@@ -9,11 +9,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import tokenizers
 import torch
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 from torch import Tensor
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+BEGIN, END = 256, 257  # of write_tokenizer; the 256 bytes come first
 SIZES: dict[str, Any] = {
     "vocab_size": 96,
     "hidden_size": 64,
@@ -55,6 +58,18 @@ def save(oracle: Any, folder: Path, stacked_experts: bool = False) -> Path:
     """Save as transformers does by default, or with the experts stacked."""
     oracle.save_pretrained(folder, save_original_format=not stacked_experts)
     return folder
+
+
+def write_tokenizer(folder: Path, begins: bool = False, ends: bool = False) -> None:
+    """One token a byte, a begin and an end token; the post-processor puts them around a text if asked."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    made = tokenizers.Tokenizer(models.BPE({char: i for i, char in enumerate(alphabet)}, []))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    made.add_special_tokens([AddedToken("<|begin|>"), AddedToken("<|end|>")])
+    template = f"{'<|begin|> ' if begins else ''}$A{' <|end|>' if ends else ''}"
+    made.post_processor = processors.TemplateProcessing(template, None, [("<|begin|>", BEGIN), ("<|end|>", END)])
+    made.save(str(folder / "tokenizer.json"))
 
 
 def edit_json(path: Path, **changes: Any) -> None:
