@@ -31,10 +31,10 @@ class CachedBlock:
     """A node of the tree. `block` is -1 once it is forgotten."""
 
     key: int
-    parent: CachedBlock | None
+    parent: CachedBlock | None = field(repr=False)
     content: Content
     block: int
-    children: set[CachedBlock] = field(default_factory=set)
+    children: set[CachedBlock] = field(default_factory=set, repr=False)
 
 
 class PrefixCache:

@@ -197,8 +197,7 @@ class Scheduler:
     def _preempt(self, sequence: Sequence) -> None:
         self._free_blocks(sequence)
         sequence.status = "waiting"
-        sequence.num_computed = sequence.num_filed = 0
-        sequence.cache_tip = None
+        sequence.num_computed = 0
         sequence.num_preemptions += 1
         self.num_preemptions += 1
         self.waiting.appendleft(sequence)
@@ -207,3 +206,4 @@ class Scheduler:
         # The last first, for it is useless without those before it and should be evicted before them.
         self.pool.release(reversed(sequence.block_table))
         sequence.block_table = []
+        sequence.num_filed, sequence.cache_tip = 0, None

@@ -41,11 +41,11 @@ class Sequence:
     block_table: list[int] = field(default_factory=list)
     status: Status = "new"
     num_preemptions: int = 0
-    leader: Sequence | None = None
+    leader: Sequence | None = field(default=None, repr=False)
     images: tuple[ImageSpan, ...] | None = ()
     num_cached: int = 0
     num_filed: int = 0
-    cache_tip: CachedBlock | None = None
+    cache_tip: CachedBlock | None = field(default=None, repr=False)
 
     @property
     def root(self) -> Sequence:

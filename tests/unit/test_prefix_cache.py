@@ -277,6 +277,19 @@ def test_integrity_check_finds_a_shared_block_that_is_still_written_to() -> None
 
 # ---- several answers -------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("cached", [True, False], ids=["cache", "no cache"])
+def test_an_answer_waits_until_the_prompt_is_computed(cached: bool) -> None:
+    """Not even the same pass may read blocks of another: it might fail."""
+    scheduler = make(tokens=64)
+    if not cached:
+        scheduler = Scheduler(scheduler.pool, 8, 64, 400)
+    leader = sequence("a", list(range(11)), 5)
+    for one in (leader, make_sibling(leader, 1)):
+        scheduler.add(one)
+    assert [chunk.sequence.name for chunk in step(scheduler)] == ["a"]
+    assert [chunk.sequence.name for chunk in step(scheduler)] == ["a", "a.1"]
+
+
+@pytest.mark.parametrize("cached", [True, False], ids=["cache", "no cache"])
 def test_answers_to_one_prompt_share_its_full_blocks(cached: bool) -> None:
     scheduler = make(tokens=8)
     if not cached:
