@@ -85,6 +85,22 @@ def test_an_image_is_encoded_once_for_all_answers() -> None:
             assert output.outputs[3].token_ids == last.outputs[0].token_ids
 
 
+def test_rows_that_one_answer_has_encoded_serve_the_others() -> None:
+    from e2e.test_prefix_cache import page, shown
+
+    engine = fake_engine(FakeModel(fake_config(images=True)))
+    state = engine.add_request(engine.inputs.build(shown([5, IMAGE, 6], page(1)), params(n=2), "0"))
+    first, second = (answer.sequence for answer in state.answers)
+    images = state.request.images
+    assert engine.runner.find_missing(first, images, 1) == list(images)
+    engine.runner.encode(second, images)
+    assert engine.runner.find_missing(first, images, 1) == []
+    ((position, rows),) = engine.runner.image_rows(first, 0, 400)
+    assert (position, len(rows)) == (1, images[0].count)
+    engine.runner.release(first)
+    assert not engine.runner.has_images(second)
+
+
 def test_each_answer_ends_in_its_own_way() -> None:
     sampling = params(20, n=4, temperature=1.0, seed=1)
     with fake_llm() as llm:
@@ -148,7 +164,8 @@ def test_the_error_of_one_answer_ends_all_of_them_and_no_other_request() -> None
         outputs = llm.generate([PROMPT, [4, 5]], [sampling, params(12)])
         assert [answer.finish_reason for answer in outputs[0].outputs] == ["abort"] * 3
         assert all("NaN" in str(answer.stop_reason) for answer in outputs[0].outputs)
-        assert len(outputs[0].outputs[1].token_ids) == place + 1
+        # The third started with the second, and gets no token in the pass in which that fails.
+        assert [len(answer.token_ids) for answer in outputs[0].outputs[1:]] == [place + 1] * 2
         assert outputs[1].outputs[0].finish_reason == "length"
         with pytest.raises(EngineError, match="NaN"):
             llm.submit(PROMPT, sampling).result(20)
