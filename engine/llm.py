@@ -231,6 +231,7 @@ class LLM:
 
     def prefix_cache_stats(self) -> PrefixCacheStats:
         """Counts since the model was loaded; RequestMetrics.num_cached_tokens has those of one request."""
+        self._check_open()
         with self._lock:
             return self._require_engine().prefix_cache_stats()
 
