@@ -17,7 +17,7 @@ from PIL import Image
 from pagelens import LLM, SamplingParams
 from pagelens.config import EngineConfig
 from pagelens.core import build_engine
-from pagelens.errors import ConfigError, EngineClosedError, EngineError
+from pagelens.errors import ConfigError, EngineClosedError, EngineError, PromptError
 from pagelens.inputs import Prompt
 from pagelens.reader import builtin_model, default_prompt
 from pagelens.types import RequestOutput
@@ -149,6 +149,10 @@ def test_an_image_in_the_cache_is_not_encoded_again() -> None:
         assert same.metrics.num_cached_tokens >= same.metrics.num_image_tokens
         assert same.metrics.encode_s == 0
         assert same.outputs == first.outputs
+        handle = llm.submit(shown([IMAGE, 5, 6, 7, 8], page(1)), params())
+        assert (handle.result().outputs, model.encoded) == (first.outputs, 1)
+        with pytest.raises(PromptError, match="already taken"):
+            handle.request.images[0].take_views()  # pixels that nobody needed are freed
         other = llm.generate([shown([IMAGE, 5, 6, 7, 8], page(2))], params())[0]
         assert (model.encoded, other.metrics.num_cached_tokens) == (2, 0)
         assert other.outputs != first.outputs

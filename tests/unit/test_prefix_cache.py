@@ -124,6 +124,19 @@ def test_who_asks_for_what_is_being_computed_waits_for_it() -> None:
     assert shapes[3] == [("a", 18, 1), ("b", 19, 1), ("c", 3, 3)]
 
 
+@pytest.mark.parametrize(
+    "waiting",
+    [list(range(8)), [*range(4), 60, 61, 62, 63, 8], [60, *range(1, 9)]],
+    ids=["its second block is never looked up", "another second block", "another first block"],
+)
+def test_nobody_waits_for_what_it_could_not_use(waiting: list[int]) -> None:
+    scheduler = make()
+    run(scheduler, sequence("before", [*range(4), 70]), sequence("other", [60, *range(1, 4), 70]))
+    scheduler.add(sequence("a", list(range(9)), 2))
+    scheduler.add(sequence("b", waiting, 2))
+    assert [(c.sequence.name, c.start) for c in step(scheduler)] == [("a", 4), ("b", 4)]
+
+
 def test_the_longest_unused_blocks_go_first_and_children_before_parents() -> None:
     scheduler = make(num_blocks=8)
     old, new = list(range(10, 19)), list(range(20, 29))
