@@ -28,6 +28,7 @@ class EngineConfig:
     block_size        tokens a KV block
     weights           "auto" takes them as the checkpoint has them; "int8" (a scale a row) and "int4" (a scale for 32
                       inputs) quantise the decoder's linear layers as they are read
+    prefix_cache      find the blocks of earlier prompts and answers again instead of computing them
     random_weights    build the model of a preset or of a folder's config.json with random weights instead of reading
                       them, to measure speed and memory; an integer is the seed, True the seed 1
     """
@@ -45,6 +46,7 @@ class EngineConfig:
     block_size: int = 16
     check_blocks: bool = False
     random_weights: bool | int = False
+    prefix_cache: bool = True
 
     def resolve(self) -> EngineConfig:
         """Return self after checking every value. Raises ConfigError naming the option, its value and the choices."""
@@ -69,6 +71,8 @@ class EngineConfig:
             raise ConfigError(
                 f"random_weights={self.random_weights!r} must be True, False or a seed from 0 to 2^63 - 1"
             )
+        if not isinstance(self.prefix_cache, bool):
+            raise ConfigError(f"prefix_cache={self.prefix_cache!r} must be True or False")
         return self
 
     def with_options(self, **options: object) -> EngineConfig:

@@ -12,15 +12,17 @@ from .config import DecoderConfig, EngineConfig, TextModelConfig
 from .errors import ConfigError
 from .inputs import InputBuilder, Request
 from .pooling import NO_HEAD, find_judges
+from .runtime.answer import Answer
 from .runtime.batch import BatchBuilder
 from .runtime.blocks import BlockPool
 from .runtime.kv_cache import allocate, plan_num_blocks
+from .runtime.prefix_cache import PrefixCache
 from .runtime.runner import Model, Runner
 from .runtime.sampler import Sampler
 from .runtime.scheduler import Scheduler
 from .runtime.sequence import Schedule, Sequence
 from .runtime.state import RequestState
-from .types import NgramGuard
+from .types import NgramGuard, PrefixCacheStats
 
 if TYPE_CHECKING:
     from .loading.presets import ModelDescription
@@ -59,7 +61,8 @@ class Engine:
         num_blocks = plan_num_blocks(config, decoder, dtype, self.max_model_len)
         kv = allocate(decoder, dtype, num_blocks, config.block_size)
         pool = BlockPool(num_blocks, config.block_size)
-        self.scheduler = Scheduler(pool, config.max_num_seqs, config.max_batch_tokens, self.max_model_len)
+        cache = PrefixCache(pool) if config.prefix_cache else None
+        self.scheduler = Scheduler(pool, config.max_num_seqs, config.max_batch_tokens, self.max_model_len, cache)
         self.runner = Runner(model, kv)
         max_blocks = min(num_blocks, pool.num_needed(self.max_model_len))
         self.batches = BatchBuilder(
@@ -73,9 +76,10 @@ class Engine:
             bos_token_id,
             getattr(model.config, "image_token_id", None),
             getattr(model.config, "processor", None),
+            digest_images=config.prefix_cache,
         )
         self._closeables = closeables
-        self._states: dict[Sequence, RequestState] = {}
+        self._answers: dict[Sequence, tuple[RequestState, Answer]] = {}
 
     @property
     def has_work(self) -> bool:
@@ -97,15 +101,15 @@ class Engine:
         if request.sampling.ngram_guard is True:
             request.sampling = replace(request.sampling, ngram_guard=NgramGuard())
         state = RequestState(request, self.check_capacity(request), self._eos_token_ids, self.tokenizer)
-        self.scheduler.add(state.sequence)
-        self._states[state.sequence] = state
+        for answer in state.answers:
+            self.scheduler.add(answer.sequence)
+            self._answers[answer.sequence] = state, answer
         return state
 
     def cancel(self, state: RequestState) -> None:
         """End a request with finish_reason "abort", keeping what it has; harmless if it has ended."""
-        if not state.finished:
-            state.finish("abort")
-            self._retire(state)
+        state.cancel()
+        self._retire(state)
 
     def step(self) -> list[RequestState]:
         """One pass: each scheduled request moves on by a chunk of its prompt (or of fed text) or by one token.
@@ -118,34 +122,51 @@ class Engine:
         if schedule:
             started = time.perf_counter()
             logits, hidden = self.runner.run(self.batches.build(schedule))
-            self.scheduler.commit(schedule)
             for chunk in schedule:
-                self._states[chunk.sequence].count_pass(time.perf_counter() - started)
-            sampling = [self._states[chunk.sequence] for chunk in schedule if chunk.samples]
-            chosen = self.sampler.sample(logits, [state.sampler for state in sampling])
-            for state, sampled in zip(sampling, chosen, strict=True):
-                state.accept(sampled)
-            changed += sampling
-            if hidden is not None:
-                pooling = [self._states[chunk.sequence] for chunk in schedule if chunk.pools]
-                for state, row in zip(pooling, hidden.numpy(), strict=True):
-                    state.accept_pooled(row)
-                changed += pooling
+                self._answers[chunk.sequence][0].count_pass(time.perf_counter() - started)
+            changed += self._accept(schedule, logits, hidden)
+            # Only now is it known whose keys and values are not to be trusted.
+            sequences = [chunk.sequence for chunk in schedule]
+            self.scheduler.commit(schedule, {s for s in sequences if self._answers[s][0].error is not None})
+            changed = list(dict.fromkeys(changed))
         for state in changed:
-            if state.finished:
-                self._retire(state)
+            self._retire(state)
         if self.config.check_blocks:
             self.scheduler.check_integrity()
         return changed
 
+    def _accept(self, schedule: Schedule, logits: torch.Tensor, hidden: torch.Tensor | None) -> list[RequestState]:
+        """Give each request what the pass made of its chunk: a token, or its hidden state. Returns those requests."""
+        sampling = [self._answers[chunk.sequence] for chunk in schedule if chunk.samples]
+        chosen = self.sampler.sample(logits, [answer.sampler for _, answer in sampling])
+        for (state, answer), sampled in zip(sampling, chosen, strict=True):
+            state.accept(answer, sampled)
+        changed = [state for state, _ in sampling]
+        if hidden is not None:
+            pooling = [self._answers[chunk.sequence][0] for chunk in schedule if chunk.pools]
+            for state, row in zip(pooling, hidden.numpy(), strict=True):
+                state.accept_pooled(row)
+            changed += pooling
+        return changed
+
     def abort_all(self, error: Exception) -> list[RequestState]:
         """Fail every request with an error and free its blocks. Returns them. Raises EngineError if blocks are lost."""
-        states = list(self._states.values())
+        states = list(dict.fromkeys(state for state, _ in self._answers.values()))
         for state in states:
             state.fail(error)
             self._retire(state)
+        self.clear_prefix_cache()  # what a broken pass has left in it is not known
         self.scheduler.check_integrity()
         return states
+
+    def clear_prefix_cache(self) -> None:
+        """Make later requests find nothing of what was computed until now; those that run are not disturbed."""
+        if self.scheduler.cache is not None:
+            self.scheduler.cache.clear()
+
+    def prefix_cache_stats(self) -> PrefixCacheStats:
+        cache = self.scheduler.cache
+        return PrefixCacheStats(self.scheduler.pool.num_blocks) if cache is None else cache.stats()
 
     def close(self) -> None:
         """Free the cache, the model and its thread pool. The engine cannot be used afterwards."""
@@ -155,18 +176,22 @@ class Engine:
         self._closeables = ()
 
     def _encode_images(self, schedule: Schedule) -> list[RequestState]:
-        """Encode the images of requests that start; a request whose images fail leaves the schedule and is returned."""
+        """Encode the images that a pass needs; a request whose images fail leaves the schedule and is returned.
+
+        An image whose rows are all in the prefix cache is not needed.
+        """
         failed = []
         for chunk in list(schedule):
-            state = self._states[chunk.sequence]
+            state, _ = self._answers[chunk.sequence]
             state.mark_scheduled()
-            if not state.request.images or self.runner.has_images(chunk.sequence):
+            missing = self.runner.find_missing(chunk.sequence, state.request.images, chunk.start)
+            if not missing or state.finished:
                 continue
             try:
-                preprocess_s, encode_s = self.runner.encode(chunk.sequence, state.request.images)
+                preprocess_s, encode_s = self.runner.encode(chunk.sequence, missing)
             except Exception as error:
                 state.fail(error)
-                schedule.remove(chunk)
+                schedule[:] = [other for other in schedule if self._answers[other.sequence][0] is not state]
                 failed.append(state)
                 continue
             state.metrics.preprocess_s += preprocess_s
@@ -174,9 +199,14 @@ class Engine:
         return failed
 
     def _retire(self, state: RequestState) -> None:
-        self.scheduler.remove(state.sequence)
-        self.runner.release(state.sequence)
-        self._states.pop(state.sequence, None)
+        """Free what the answers that have ended hold, and the images once all have."""
+        for answer in state.answers:
+            if answer.finished and self._answers.pop(answer.sequence, None) is not None:
+                self.scheduler.remove(answer.sequence)
+        if state.finished:
+            self.runner.release(state.sequence)
+            for image in state.request.images:
+                image.release()
 
 
 def resolve_max_model_len(config: EngineConfig, max_position_embeddings: int) -> int:

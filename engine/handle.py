@@ -51,6 +51,7 @@ class RequestHandle:
     def __iter__(self) -> Iterator[RequestOutput]:
         """Snapshots with the text so far; one that comes late sees the newest only. The last has `finished` True.
 
+        Of several answers (SamplingParams.n) every snapshot has all, in their order, and some may have ended before.
         Raises the error that ended the request, after the last snapshot.
         """
         self._check_process()
@@ -68,11 +69,20 @@ class RequestHandle:
                 self._finished_output()
                 return
 
-    def stream_text(self) -> Iterator[str]:
-        """The pieces by which the text grows; joined they are the text of the result."""
+    def stream_text(self, index: int = 0) -> Iterator[str]:
+        """The pieces by which the text of answer `index` grows; joined they are its text in the result.
+
+        Ends with the request, which of several answers may be later than that answer's own end. Raises IndexError if
+        the request has no such answer.
+        """
+        if not 0 <= index < self.request.sampling.n:
+            raise IndexError(f"there is no answer {index}; the request has n={self.request.sampling.n}, counted from 0")
+        return self._stream_text(index)
+
+    def _stream_text(self, index: int) -> Iterator[str]:
         length = 0
         for output in self:
-            text = output.outputs[0].text
+            text = output.outputs[index].text
             if len(text) > length:
                 yield text[length:]
                 length = len(text)

@@ -7,14 +7,18 @@ queues or the network.
 from __future__ import annotations
 
 import functools
+import hashlib
 import operator
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+import numpy as np
+from numpy.typing import NDArray
+
 from .config import ProcessorConfig
-from .errors import ConfigError, PromptError
+from .errors import ConfigError, ImageError, PromptError
 from .runtime.thinking import ThinkingPlan, ThinkingTokens, find_thinking_tokens
 from .types import SamplingParams
 from .vision.images import load_image
@@ -37,24 +41,45 @@ class ImageSlot:
 
     Without `views` the source is opened a second time when its turn comes, so that a long list of pages does not hold
     the pixels of all of them.
+
+    digest  of pixels and plan: equal digests mean equal vision rows; None if nobody needs it
     """
 
-    def __init__(self, source: ImageSource, plan: TilePlan, start: int, views: Any | None) -> None:
+    def __init__(
+        self, source: ImageSource, plan: TilePlan, start: int, views: Any | None, digest: bytes | None = None
+    ) -> None:
         self.plan = plan
         self.start = start
         self.count = plan.num_image_tokens
+        self.digest = digest
         self._source: ImageSource | None = source
         self._views = views
 
     def take_views(self) -> Any:
         """The preprocessed pixels. Can be called once: neither source nor views are kept afterwards."""
         source, views = self._source, self._views
-        self._source = self._views = None
+        self.release()
         if views is not None:
             return views
         if source is None:
             raise PromptError("the views of this image were already taken")
-        return preprocess(load_image(source), self.plan)
+        pixels = load_image(source)
+        views = preprocess(pixels, self.plan)
+        # The prefix cache would keep the rows of the new picture under the name of the old one.
+        if self.digest is not None and digest_image(pixels, self.plan) != self.digest:
+            raise ImageError("the image was changed while its request waited; keep the file as it is until the answer")
+        return views
+
+    def release(self) -> None:
+        """Forget source and views, whether they were taken or not."""
+        self._source = self._views = None
+
+
+def digest_image(pixels: NDArray[np.uint8], plan: TilePlan) -> bytes:
+    """SHA-256 of all that the vision rows of an image depend on. pixels [h, w, 3], contiguous."""
+    digest = hashlib.sha256(repr((pixels.shape, plan)).encode())
+    digest.update(pixels.data)
+    return digest.digest()
 
 
 @dataclass(slots=True, eq=False)
@@ -79,7 +104,10 @@ class Request:
 
 
 class InputBuilder:
-    """Builds requests for one model. tokenizer, processor and image_token_id are None where the model has none."""
+    """Builds requests for one model. tokenizer, processor and image_token_id are None where the model has none.
+
+    digest_images  tell images by their content, for the prefix cache
+    """
 
     def __init__(
         self,
@@ -88,7 +116,9 @@ class InputBuilder:
         bos_token_id: int | None = None,
         image_token_id: int | None = None,
         processor: ProcessorConfig | None = None,
+        digest_images: bool = False,
     ) -> None:
+        self.digest_images = digest_images
         self.vocab_size = vocab_size
         self.tokenizer = tokenizer
         self.bos_token_id = bos_token_id
@@ -213,7 +243,8 @@ class InputBuilder:
             raise PromptError("this model reads text only; leave out images and mode")
         pixels = load_image(source)
         plan = plan_tiles(pixels.shape[1], pixels.shape[0], mode)
-        return ImageSlot(source, plan, start, preprocess(pixels, plan) if keep_views else None)
+        digest = digest_image(pixels, plan) if self.digest_images else None
+        return ImageSlot(source, plan, start, preprocess(pixels, plan) if keep_views else None, digest)
 
     def _image_id(self) -> int:
         if self.image_token_id is None:

@@ -26,7 +26,7 @@ from .inputs import Prompt, Request
 from .loading.pooling_config import check_pooling
 from .pooling import Judge, RerankOutput, encode_pairs, encode_texts, hidden_states, resolve_dim, unit_vectors
 from .runtime.state import RequestState
-from .types import RequestOutput, SamplingParams
+from .types import PrefixCacheStats, RequestOutput, SamplingParams, require_one_answer
 
 if TYPE_CHECKING:
     import numpy as np
@@ -49,6 +49,7 @@ class LLM:
     max_num_seqs      most requests decoded together
     max_batch_tokens  most tokens in one pass; longer prompts are cut into chunks
     kv_cache_bytes    None = room for max_num_seqs requests, at most 1 GiB
+    prefix_cache      find what earlier prompts and answers begin with again instead of computing it (docs/text.md)
     random_weights    True or a seed: `model` is a preset's name ("qwen3-0.6b") or a folder of which only config.json is
                       read, and the weights are noise
     Raises ConfigError naming an unknown option or a bad value; WeightsError; UnsupportedError.
@@ -69,6 +70,7 @@ class LLM:
         block_size: int = 16,
         check_blocks: bool = False,
         random_weights: bool | int = False,
+        prefix_cache: bool = True,
         **unknown: Any,
     ) -> None:
         if unknown:
@@ -89,6 +91,7 @@ class LLM:
             "block_size": block_size,
             "check_blocks": check_blocks,
             "random_weights": random_weights,
+            "prefix_cache": prefix_cache,
         }
         self._start(build_engine(EngineConfig(**options).resolve()))
 
@@ -116,6 +119,7 @@ class LLM:
         self._cancels: deque[RequestHandle] = deque()
         self._handles: dict[RequestState, RequestHandle] = {}
         self._closed_because: str | None = None
+        self._must_clear = False
         self._num_requests = 0
         _open_llms.add(self)
 
@@ -192,8 +196,9 @@ class LLM:
         thinking: bool = True,
         thinking_budget: int | None = None,
     ) -> ChatStream:
-        """Start one answer and return at once: iterate the stream for its pieces. Arguments as in `chat`."""
+        """Start one answer and return at once: iterate the stream for its pieces. Arguments as in `chat`, but n = 1."""
         turn = self._open_chat().prepare(messages, sampling, tools, thinking, thinking_budget)
+        require_one_answer(turn.sampling, "stream_chat")
         return ChatStream(self._enqueue([self._build_turn(turn)])[0], turn.mode)
 
     def chat_sampling(self, thinking: bool = True) -> SamplingParams:
@@ -279,6 +284,21 @@ class LLM:
         self._check_open()
         return self._enqueue([self._build(prompt, sampling_params or SamplingParams(), keep_views=True)])[0]
 
+    def prefix_cache_stats(self) -> PrefixCacheStats:
+        """Counts since the model was loaded; RequestMetrics.num_cached_tokens has those of one request."""
+        self._check_open()
+        with self._lock:
+            return self._require_engine().prefix_cache_stats()
+
+    def clear_prefix_cache(self) -> None:
+        """Make requests that start after this call find nothing of earlier ones; those that run are not disturbed."""
+        self._check_open()
+        with self._lock:
+            if self._thread is None:
+                self._require_engine().clear_prefix_cache()
+            else:
+                self._must_clear = True
+
     def _build(self, prompt: Prompt, sampling: SamplingParams, keep_views: bool, is_pooled: bool = False) -> Request:
         with self._lock:
             engine = self._require_engine()
@@ -325,6 +345,9 @@ class LLM:
 
     def _take_in(self, engine: Engine) -> None:
         """Hand arrivals and cancellations to the engine."""
+        if self._must_clear:
+            self._must_clear = False
+            engine.clear_prefix_cache()
         while self._arrivals:
             handle = self._arrivals.popleft()
             try:

@@ -20,7 +20,7 @@ from .errors import ConfigError, PromptError
 from .handle import RequestHandle
 from .inputs import IMAGE_MARK
 from .llm import LLM
-from .types import NgramGuard, RequestOutput, SamplingParams
+from .types import NgramGuard, RequestOutput, SamplingParams, require_one_answer
 from .vision.images import load_image
 from .vision.modes import Mode, default_mode, resolve_mode
 from .vision.tiling import TilePlan, plan_tiles
@@ -143,7 +143,7 @@ class Reader:
         sampling         None = greedy; the n-gram guard is on unless sampling.ngram_guard says otherwise
         max_crops        most tiles of a tiled mode
         composite_alpha  False keeps the colours under transparent areas, as the reference implementation does
-        Raises ImageError, PromptError, CapacityError before anything runs.
+        Raises ImageError, PromptError, ConfigError, CapacityError before anything runs.
         """
         chosen = default_mode(self.processor) if mode is None else resolve_mode(mode, self.processor)
         if max_crops is not None:
@@ -201,4 +201,5 @@ def with_guard(sampling: SamplingParams | None) -> SamplingParams:
     sampling = SamplingParams() if sampling is None else sampling
     if not isinstance(sampling, SamplingParams):
         raise ConfigError(f"sampling must be SamplingParams, not {type(sampling).__name__}")
+    require_one_answer(sampling, "Reader")
     return replace(sampling, ngram_guard=NgramGuard()) if sampling.ngram_guard is None else sampling

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
+MAX_ANSWERS = 64  # to one prompt
 FINISH_REASONS = ("stop", "length", "repetition", "abort")
 
 
@@ -97,6 +98,7 @@ _SAMPLING_FIELDS: dict[str, Callable[[str, Any], Any]] = {
     **dict.fromkeys(("top_k", "min_tokens"), _integer),
     **dict.fromkeys(("max_tokens", "seed", "logprobs", "thinking_budget"), _optional_integer),
     **dict.fromkeys(("ignore_eos", "detect_repetition", "skip_special_tokens"), _switch),
+    "n": _integer,
     "stop": _texts,
     "stop_token_ids": _integers,
     "ngram_guard": _guard,
@@ -109,6 +111,8 @@ class SamplingParams:
 
     temperature 0 means greedy (lowest id wins ties). `max_tokens` None means: up to the context limit.
     `logprobs` = n returns the n most likely tokens' log probabilities (and the chosen one's) at every step.
+    `n` answers are given to a prompt that is computed once; each draws from its own seed, made of `seed` and its index
+    (answer 0 is the one that n=1 gives), and max_tokens, stop rules and budget hold for each on its own.
     `ngram_guard` None means the default of the caller: on in Reader, off in LLM; False turns it off.
     `thinking_budget` = n: after n reasoning tokens the stop text is fed (docs/text.md); 0: <think> is never chosen.
     Numbers may be numpy's. Raises ConfigError naming the field, its value and what is accepted.
@@ -132,6 +136,7 @@ class SamplingParams:
     detect_repetition: bool = True
     skip_special_tokens: bool = False
     thinking_budget: int | None = None
+    n: int = 1
 
     def __post_init__(self) -> None:
         _check_fields(self, _SAMPLING_FIELDS)
@@ -147,6 +152,7 @@ class SamplingParams:
             ("min_tokens", self.min_tokens >= 0, "0 or more"),
             ("min_tokens", self.min_tokens <= (self.max_tokens or self.min_tokens), "at most max_tokens"),
             ("logprobs", self.logprobs is None or 0 <= self.logprobs <= 20, "None or between 0 and 20"),
+            ("n", 1 <= self.n <= MAX_ANSWERS, f"between 1 and {MAX_ANSWERS}"),
             ("thinking_budget", self.thinking_budget is None or self.thinking_budget >= 0, "None or 0 or more"),
         )
         for name, good, rule in checks:
@@ -161,6 +167,12 @@ class SamplingParams:
         if unknown:
             raise ConfigError(f"unknown sampling option {unknown[0]!r}; known: {', '.join(sorted(known))}")
         return cls(**values)
+
+
+def require_one_answer(sampling: SamplingParams, caller: str) -> None:
+    """Raises ConfigError if n asks for more than the one answer that the caller can handle."""
+    if sampling.n != 1:
+        raise ConfigError(f"{caller} gives one answer, but n={sampling.n}; use LLM.generate or LLM.chat")
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,7 +208,8 @@ class RequestMetrics:
     """Seconds by stage and counts of one request. Times are durations, not clock readings.
 
     queue_s is the wait before the first pass; prefill_s the passes before the first token, shared with other requests;
-    decode_s runs from the first token to the last.
+    decode_s runs from the first token to the last. num_cached_tokens are those of the prompt that were found in the
+    prefix cache when the request was first admitted. Several answers to one prompt are clocked together.
     """
 
     queue_s: float = 0.0
@@ -207,6 +220,30 @@ class RequestMetrics:
     time_to_first_token_s: float = 0.0
     num_image_tokens: int = 0
     num_preemptions: int = 0
+    num_cached_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixCacheStats:
+    """State of the prefix cache, and totals since the engine was made; all 0 but num_blocks if there is none.
+
+    num_blocks         in the KV-cache
+    num_cached_blocks  of these a new prompt can find now, in use or not
+    num_queried_tokens tokens of all prompts admitted so far
+    num_cached_tokens  those of them that were found (the sum of RequestMetrics.num_cached_tokens)
+    num_evictions      cached blocks that were given out for other tokens
+    """
+
+    num_blocks: int
+    num_cached_blocks: int = 0
+    num_queried_tokens: int = 0
+    num_cached_tokens: int = 0
+    num_evictions: int = 0
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of the queried tokens that were found, 0 to 1."""
+        return self.num_cached_tokens / self.num_queried_tokens if self.num_queried_tokens else 0.0
 
 
 @dataclass(slots=True)

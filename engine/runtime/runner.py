@@ -45,6 +45,8 @@ class ImageInput(Protocol):
     def count(self) -> int: ...
     @property
     def plan(self) -> Any: ...
+    @property
+    def digest(self) -> bytes | None: ...
 
     def take_views(self) -> Any:
         """The preprocessed pixels; they may be forgotten once taken."""
@@ -58,19 +60,28 @@ class EncodedImage:
 
 
 class Runner:
-    """A model and its KV-cache. Vision rows are kept until `release`, so that a recompute needs no second encoding."""
+    """A model and its KV-cache.
+
+    Vision rows are kept until `release`, so that a recompute needs no second encoding. They belong to all the answers
+    to a prompt: any of their sequences may be named.
+    """
 
     def __init__(self, model: Model, kv: KVCacheView) -> None:
         self.model = model
         self.kv = kv
-        self._images: dict[Sequence, list[EncodedImage]] = {}
+        self._images: dict[Sequence, list[EncodedImage]] = {}  # by Sequence.root
 
     def has_images(self, sequence: Sequence) -> bool:
-        """Whether `encode` was done and `release` was not."""
-        return sequence in self._images
+        """Whether vision rows are held for a sequence."""
+        return sequence.root in self._images
+
+    def find_missing(self, sequence: Sequence, images: SequenceOf[ImageInput], first_position: int) -> list[ImageInput]:
+        """The images with rows at first_position or later that `encode` has not had yet."""
+        encoded = {image.start for image in self._images.get(sequence.root, ())}
+        return [image for image in images if image.start + image.count > first_position and image.start not in encoded]
 
     def encode(self, sequence: Sequence, images: SequenceOf[ImageInput]) -> tuple[float, float]:
-        """Preprocess and encode a sequence's images and keep their rows. Returns the seconds of both stages."""
+        """Preprocess and encode images of a sequence and keep their rows. Returns the seconds of both stages."""
         preprocess_s = encode_s = 0.0
         encoded = []
         for image in images:
@@ -84,13 +95,13 @@ class Runner:
             encoded.append(EncodedImage(image.start, rows))
             preprocess_s += preprocessed - started
             encode_s += time.perf_counter() - preprocessed
-        self._images[sequence] = encoded
+        self._images.setdefault(sequence.root, []).extend(encoded)
         return preprocess_s, encode_s
 
     def image_rows(self, sequence: Sequence, start: int, end: int) -> list[tuple[int, Tensor]]:
         """Vision rows at positions start..end-1, as (position, rows); a chunk may cut through an image."""
         pieces = []
-        for image in self._images.get(sequence, ()):
+        for image in self._images.get(sequence.root, ()):
             first, last = max(start, image.start), min(end, image.start + len(image.rows))
             if first < last:
                 pieces.append((first, image.rows[first - image.start : last - image.start]))
@@ -105,4 +116,4 @@ class Runner:
 
     def release(self, sequence: Sequence) -> None:
         """Forget a sequence's vision rows."""
-        self._images.pop(sequence, None)
+        self._images.pop(sequence.root, None)

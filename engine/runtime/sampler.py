@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from dataclasses import dataclass
 
@@ -76,6 +77,13 @@ class SequenceSampler:
     def observe(self, token: int) -> None:
         for processor in self._processors:
             processor.observe(token)
+
+
+def answer_seed(seed: int | None, index: int) -> int | None:
+    """Seed of one of several answers: `seed` for the first, unrelated ones for the others; None stays None."""
+    if seed is None or index == 0:
+        return seed
+    return int.from_bytes(hashlib.sha256(f"{seed} {index}".encode()).digest()[:8], "big")
 
 
 class Sampler:

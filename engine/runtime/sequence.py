@@ -1,11 +1,23 @@
-"""One request as the scheduler sees it: token ids, how many are in the cache, and in which blocks. Integers only."""
+"""One answer as the scheduler sees it: token ids, how many are in the cache, and in which blocks. Integers only."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from .prefix_cache import CachedBlock
 
 Status = Literal["new", "waiting", "running", "finished"]
+
+
+@dataclass(frozen=True, slots=True)
+class ImageSpan:
+    """Tokens start .. start+count-1 stand for the rows of an image; equal digests mean equal rows."""
+
+    start: int
+    count: int
+    digest: bytes
 
 
 @dataclass(slots=True, eq=False)
@@ -15,6 +27,10 @@ class Sequence:
     max_new_tokens     the answer ends after so many; 0: pooled, there is no answer, and the last hidden state is wanted
     num_computed       tokens whose keys and values are in the cache
     block_table        its KV blocks; block i holds tokens i*block_size .. (i+1)*block_size-1
+    leader             the first of several answers to one prompt; None in the first itself and where there is but one
+    images             where the prompt shows images; None if it shows some without digests, so that nothing is cached
+    num_cached         tokens that needed no computing when the sequence was last admitted
+    num_filed          full blocks that the prefix cache knows of, the last of them at cache_tip
     """
 
     name: str
@@ -25,6 +41,16 @@ class Sequence:
     block_table: list[int] = field(default_factory=list)
     status: Status = "new"
     num_preemptions: int = 0
+    leader: Sequence | None = field(default=None, repr=False)
+    images: tuple[ImageSpan, ...] | None = ()
+    num_cached: int = 0
+    num_filed: int = 0
+    cache_tip: CachedBlock | None = field(default=None, repr=False)
+
+    @property
+    def root(self) -> Sequence:
+        """The same for all answers to one prompt."""
+        return self.leader or self
 
     @property
     def is_pooled(self) -> bool:

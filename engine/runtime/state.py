@@ -1,4 +1,4 @@
-"""Everything the engine knows of one request while it runs, and what happens when it gets a token."""
+"""Everything the engine knows of one request while it runs: its answers, its clock, and the error that ended it."""
 
 from __future__ import annotations
 
@@ -10,45 +10,34 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import EngineError
-from ..types import CompletionOutput, Logprob, NgramGuard, RequestMetrics, RequestOutput, SamplingParams
-from .repetition import RepetitionDetector
-from .sampler import Sampled, SequenceSampler
-from .sequence import Sequence
-from .thinking import ThinkingBudget
+from ..types import RequestMetrics, RequestOutput
+from .answer import Answer
+from .sampler import Sampled
+from .sequence import ImageSpan, Sequence
 
 if TYPE_CHECKING:
     from ..inputs import Request
-    from ..text.stream import IncrementalDetokenizer
     from ..text.tokenizer import Tokenizer
 
 
 class RequestState:
-    """One request: its sequence, how its tokens are chosen, its text so far, and why it ended."""
+    """One request: sampling.n answers, each with a sequence of its own. `sequence` is that of the first."""
 
     def __init__(
         self, request: Request, max_new_tokens: int, eos_token_ids: tuple[int, ...], tokenizer: Tokenizer | None
     ) -> None:
-        params = request.sampling
         self.request = request
-        self.params = params
-        self.sequence = Sequence(request.request_id, list(request.token_ids), len(request.token_ids), max_new_tokens)
-        self._eos_ids = frozenset() if params.ignore_eos else frozenset(eos_token_ids)
-        self._stop_ids = frozenset(params.stop_token_ids or ())
-        guard = params.ngram_guard if isinstance(params.ngram_guard, NgramGuard) else NgramGuard()
-        whitelist = resolve_whitelist(guard, tokenizer)
-        end_ids = self._eos_ids | self._stop_ids
-        plan = request.thinking
-        banned = frozenset({plan.tokens.open_id}) if plan is not None and plan.budget == 0 else frozenset[int]()
-        self.sampler = SequenceSampler(params, request.token_ids, end_ids, whitelist, banned)
-        self._thinking: ThinkingBudget | None = None
-        if plan is not None and plan.budget > 0 and tokenizer is not None:
-            self._thinking = ThinkingBudget(plan, tokenizer.id_to_bytes)
-        self._detector = RepetitionDetector(whitelist) if params.detect_repetition else None
-        self._detokenizer = make_detokenizer(params, tokenizer)
-        self._logprobs: list[dict[int, Logprob]] | None = None if params.logprobs is None else []
-        self._cumulative_logprob = 0.0
-        self.finish_reason: str | None = None
-        self.stop_reason: int | str | None = None
+        self.sequence = Sequence(
+            request.request_id,
+            list(request.token_ids),
+            len(request.token_ids),
+            max_new_tokens,
+            images=image_spans(request),
+        )
+        sequences = [self.sequence, *(make_sibling(self.sequence, i) for i in range(1, request.sampling.n))]
+        self.answers = [
+            Answer(request, index, sequence, eos_token_ids, tokenizer) for index, sequence in enumerate(sequences)
+        ]
         self.error: Exception | None = None
         self._pooled: NDArray[np.float32] | None = None
         self.metrics = RequestMetrics(preprocess_s=request.preprocess_s, num_image_tokens=request.num_image_tokens)
@@ -58,47 +47,34 @@ class RequestState:
 
     @property
     def finished(self) -> bool:
-        return self.finish_reason is not None
+        return all(answer.finished for answer in self.answers)
+
+    @property
+    def finish_reason(self) -> str | None:
+        """Of the first answer."""
+        return self.answers[0].finish_reason
 
     def mark_scheduled(self) -> None:
         """Called whenever the request is part of a pass; the first time ends its wait in the queue."""
         if self._scheduled is None:
             self._scheduled = time.perf_counter()
             self.metrics.queue_s = self._scheduled - self._arrived
+            self.metrics.num_cached_tokens = self.sequence.num_cached
 
     def count_pass(self, seconds: float) -> None:
         """A pass with tokens of this request took so long; those before its first token are its prefill."""
         if self._first_token is None:
             self.metrics.prefill_s += seconds
 
-    def accept(self, sampled: Sampled) -> None:
-        """Take a chosen token, or the error that there is none, and decide whether the answer has ended."""
+    def accept(self, answer: Answer, sampled: Sampled) -> None:
+        """Take a chosen token for one answer. The error that there is none ends all of them."""
+        if answer.finished:
+            return
         if sampled.error is not None:
             self.fail(sampled.error)
             return
-        token = sampled.token
-        self.sequence.token_ids.append(token)
-        self.sampler.observe(token)
-        if self._logprobs is not None and sampled.logprobs is not None:
-            self._logprobs.append(sampled.logprobs)
-            self._cumulative_logprob += sampled.logprobs[token].logprob
         self._clock_token()
-        if token in self._eos_ids or token in self._stop_ids:
-            self.finish("stop", None if token in self._eos_ids else token)
-            return
-        if self._detokenizer is not None:
-            self._detokenizer.push([token])
-            if self._detokenizer.stopped is not None:
-                self.finish("stop", self._detokenizer.stopped)
-                return
-        # A loop in a block with a budget is left to the budget, so that an answer follows.
-        is_watched = self._thinking is None or not self._thinking.is_inside
-        if self._thinking is not None:
-            self._feed(self._thinking.take(token))
-        if self._detector is not None and is_watched and self._detector.push(token):
-            self.finish("repetition")
-        elif self.sequence.num_generated >= self.sequence.max_new_tokens:
-            self.finish("length")
+        answer.accept(sampled)
 
     def accept_pooled(self, hidden: NDArray[np.float32]) -> None:
         """Take the final hidden state [C] of the last token, which is all that a pooled request asks for."""
@@ -111,53 +87,31 @@ class RequestState:
             )
             return
         self._pooled = hidden
-        self.finish("stop")
+        self.answers[0].finish("stop")
 
-    def _feed(self, tokens: tuple[int, ...]) -> None:
-        """Go on with tokens that were not chosen. The next pass computes them like a piece of the prompt.
-
-        They are part of the answer: max_tokens cuts them, penalties and the n-gram guard see them. They cannot end it:
-        neither stop strings completed in them nor stop ids count.
-        """
-        tokens = tokens[: self.sequence.max_new_tokens - self.sequence.num_generated]
-        for token in tokens:
-            self.sequence.token_ids.append(token)
-            self.sampler.observe(token)
-            if self._logprobs is not None:
-                self._logprobs.append({})
-        if self._detokenizer is not None and tokens:
-            self._detokenizer.push(tokens, can_stop=False)
-
-    def finish(self, reason: str, stop_reason: int | str | None = None) -> None:
-        """End the answer; text held back until now is given out."""
-        self.finish_reason, self.stop_reason = reason, stop_reason
-        if self._detokenizer is not None:
-            self._detokenizer.finish()
-        self.metrics.num_preemptions = self.sequence.num_preemptions
+    def cancel(self) -> None:
+        """End the answers that have not ended, with finish_reason "abort"; they keep what they have."""
+        for answer in self.answers:
+            if not answer.finished:
+                answer.finish("abort")
 
     def fail(self, error: Exception) -> None:
-        """End the answer because of an error of this request: finish_reason "abort", the sentence as stop_reason."""
+        """End all answers because of an error of this request: finish_reason "abort", the sentence as stop_reason."""
         self.error = error
-        self.finish("abort", str(error))
+        for answer in self.answers:
+            if not answer.finished:
+                answer.finish("abort", str(error))
 
     def output(self) -> RequestOutput:
         """A snapshot that later steps do not change."""
-        sequence = self.sequence
-        answer = CompletionOutput(
-            index=0,
-            text="" if self._detokenizer is None else self._detokenizer.text,
-            token_ids=sequence.token_ids[sequence.num_prompt_tokens :],
-            finish_reason=self.finish_reason,
-            stop_reason=self.stop_reason,
-            logprobs=None if self._logprobs is None else list(self._logprobs),
-            cumulative_logprob=None if self._logprobs is None else self._cumulative_logprob,
-        )
         request = self.request
+        self.metrics.num_preemptions = sum(answer.sequence.num_preemptions for answer in self.answers)
+        outputs = [answer.output() for answer in self.answers]
         return RequestOutput(
             request.request_id,
             request.prompt,
             request.token_ids,
-            [answer],
+            outputs,
             self.finished,
             replace(self.metrics),
             self._pooled,
@@ -172,16 +126,23 @@ class RequestState:
             self.metrics.decode_s = now - self._first_token
 
 
-def resolve_whitelist(guard: NgramGuard, tokenizer: Tokenizer | None) -> frozenset[int]:
-    """Ids of the white-listed texts that are tokens of this model."""
-    if tokenizer is None:
-        return frozenset()
-    return frozenset(found for text in guard.whitelist if (found := tokenizer.token_id(text)) is not None)
+def image_spans(request: Request) -> tuple[ImageSpan, ...] | None:
+    """Where the prompt shows which image; None if an image has no digest."""
+    spans = []
+    for image in request.images:
+        if image.digest is None:
+            return None
+        spans.append(ImageSpan(image.start, image.count, image.digest))
+    return tuple(spans)
 
 
-def make_detokenizer(params: SamplingParams, tokenizer: Tokenizer | None) -> IncrementalDetokenizer | None:
-    if tokenizer is None:
-        return None
-    from ..text.stream import IncrementalDetokenizer
-
-    return IncrementalDetokenizer(tokenizer, params.stop or (), params.skip_special_tokens, params.min_tokens)
+def make_sibling(leader: Sequence, index: int) -> Sequence:
+    """The sequence of another answer to the same prompt."""
+    return Sequence(
+        f"{leader.name}.{index}",
+        list(leader.token_ids),
+        leader.num_prompt_tokens,
+        leader.max_new_tokens,
+        leader=leader,
+        images=leader.images,
+    )

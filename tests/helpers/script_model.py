@@ -48,10 +48,11 @@ class ScriptModel:
         return logits
 
 
-def scripted_llm(folder: Path, answers: list[str], generation: dict[str, Any] | None = None) -> LLM:
+def scripted_llm(folder: Path, answers: list[str], generation: dict[str, Any] | None = None, **options: Any) -> LLM:
     """An LLM that looks like a Qwen3 folder; max_model_len is 4096 bytes of text, nearly."""
     tokenizer = small_tokenizer(folder)
-    config = EngineConfig(model=str(folder), max_batch_tokens=4096).resolve()
+    # A script starts over at position 0, which a prompt with a cached beginning never computes.
+    config = EngineConfig(model=str(folder), max_batch_tokens=4096, prefix_cache=False, **options).resolve()
     description = ModelDescription({"model_type": "qwen3"}, generation or {}, folder)
     model = ScriptModel(tokenizer, answers)
     return LLM.from_engine(Engine(config, model, torch.float32, tokenizer, description=description))

@@ -31,6 +31,43 @@ def test_a_shared_block_is_free_only_after_its_last_holder() -> None:
     pool.check_integrity([])
 
 
+def test_kept_blocks_are_given_out_last_and_can_be_shared_until_then() -> None:
+    pool = BlockPool(4, 16)
+    evicted: list[int] = []
+    pool.on_evict = evicted.append
+    blocks = pool.allocate(3)
+    for block in blocks[:2]:
+        pool.keep(block)
+    pool.release(blocks)
+    pool.check_integrity([])
+    assert pool.num_free == 4
+    pool.share([0])
+    assert pool.ref_count(0) == 1
+    pool.release([0])
+    assert pool.allocate(3) == [3, 2, 1], "what is not kept, then the longest idle"
+    assert evicted == [1]
+    assert not pool.is_kept(1)
+    with pytest.raises(EngineError, match="block 0 is free; there is nothing to keep"):
+        pool.keep(0)
+    pool.forget(0)
+    with pytest.raises(EngineError, match="block 0 is free and cannot be shared"):
+        pool.share([0])
+    pool.release([1])
+    pool.check_integrity([("a", [2, 3])])
+    assert pool.allocate(2) == [0, 1]
+    assert evicted == [1]
+
+
+def test_integrity_check_finds_an_idle_block_that_is_not_kept() -> None:
+    pool = BlockPool(2, 16)
+    blocks = pool.allocate(1)
+    pool.keep(0)
+    pool.release(blocks)
+    pool._kept.clear()
+    with pytest.raises(EngineError, match="block 0 is free, and kept and idle disagree"):
+        pool.check_integrity([])
+
+
 @pytest.mark.parametrize(("tokens", "blocks"), [(0, 0), (1, 1), (16, 1), (17, 2), (32, 2), (33, 3)])
 def test_num_needed(tokens: int, blocks: int) -> None:
     assert BlockPool(8, 16).num_needed(tokens) == blocks
