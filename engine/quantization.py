@@ -165,8 +165,8 @@ def quantize(weight: Tensor, kind: Literal["int8", "int4"]) -> QuantizedWeight:
     """weight [N, K] rounded to 8 bits (a scale a row) or 4 bits (a scale for 32 inputs), symmetric.
 
     The scale of an int8 row is max|w| / 127. The scale of an int4 group is the one of a few candidates that leaves the
-    smallest sum of squared errors: the largest magnitude on -8 (llama.cpp's Q4_0), on 7, and some smaller ones that cut
-    it off. Scales are bfloat16 (int8: float32), values are rounded to the scale that is kept.
+    smallest sum of squared errors: the largest magnitude on -8 (llama.cpp's Q4_0), on 7, and places about these.
+    Scales are bfloat16 (int8: float32), values are rounded to the scale that is kept.
     Raises ShapeError if the weight is not [N, K] floating point, or holds NaN or infinity.
     """
     if weight.ndim != 2 or not weight.is_floating_point() or kind not in ("int8", "int4"):
@@ -204,9 +204,9 @@ def _int8_scales(grouped: Tensor) -> Tensor:
     return grouped.abs().amax(-1) / 127.0
 
 
-# Where the largest value of a group is put, on the scale of the whole numbers; a negative scale turns 8 around.
-# csrc/cpu/quantize.cpp has the same list.
-INT4_PLACES = (-8.0, 7.0, -8.5, 7.5, -9.0, 8.0)
+# Where the largest value of a group is put, on the scale of the whole numbers; a negative scale turns 8 around. More
+# places than these gain little (docs/log.md). csrc/cpu/quantize.cpp has the same list.
+INT4_PLACES = (-8.0, 7.0, -8.5, 7.5, -9.0, 8.0, -7.0, -7.5, -8.25, -7.75, -8.75, 7.25, 7.75)
 
 
 def _int4_scales(grouped: Tensor) -> Tensor:

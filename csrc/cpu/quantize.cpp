@@ -11,7 +11,8 @@ namespace pagelens::PAGELENS_ISA {
 namespace {
 
 constexpr int kGroup = 32;
-constexpr float kPlaces[] = {-8.0f, 7.0f, -8.5f, 7.5f, -9.0f, 8.0f};  // INT4_PLACES
+constexpr float kPlaces[] = {-8.0f, 7.0f,   -8.5f,  7.5f,   -9.0f, 8.0f, -7.0f,
+                             -7.5f, -8.25f, -7.75f, -8.75f, 7.25f, 7.75f};  // INT4_PLACES
 
 // To the nearest whole number, ties to even, for |x| < 2^22: the sum with 1.5 * 2^23 has no room for a fraction.
 PAGELENS_INLINE vf round_even(vf x) { return (x + 12582912.0f) - 12582912.0f; }
@@ -25,12 +26,18 @@ PAGELENS_INLINE void round_group(const float* x, float scale, float* whole) {
       store(whole + v, at_most(at_least(round_even(load(x + v) * inverse), -8.0f), 7.0f));
 }
 
-double squared_error(const float* x, const float* whole, float scale) {
-  float error[kGroup];
-  PAGELENS_UNROLL for (int v = 0; v < kGroup; v += W) store(error + v, load(whole + v) * scale - load(x + v));
-  double sum = 0.0;
-  for (int i = 0; i < kGroup; i++) sum += static_cast<double>(error[i]) * error[i];
-  return sum;
+// In double precision, as in Python: the order of the sum then does not decide between two candidates.
+typedef double vd __attribute__((vector_size(8 * W)));
+
+PAGELENS_INLINE double squared_error(const float* x, const float* whole, float scale) {
+  vd sum = vd{};
+  PAGELENS_UNROLL for (int v = 0; v < kGroup; v += W) {
+    const vd error = __builtin_convertvector(load(whole + v) * scale - load(x + v), vd);
+    sum += error * error;
+  }
+  double total = 0.0;
+  for (int i = 0; i < W; i++) total += sum[i];
+  return total;
 }
 
 // The scale of a group of 32 (padded with zeros), rounded to bfloat16.

@@ -67,7 +67,7 @@ class WeightSpec:
         return source in self.linear and source not in self.kept
 
 
-Quantizer = Callable[[Tensor], QuantizedWeight]
+Quantizer = Callable[[WeightSpec, Tensor], QuantizedWeight]
 Consume = Callable[[WeightSpec, Sequence[Weight]], None]
 
 
@@ -96,7 +96,7 @@ class SpecTensors(Sequence[Weight]):
         if len(self._recent) > KEPT_PAGES:
             self._checkpoint.release(self._recent.popleft())
         if isinstance(tensor, Tensor) and self._quantizer is not None and self._spec.is_quantized_on_load(name):
-            tensor = self._quantizer(tensor)
+            tensor = self._quantizer(self._spec, tensor)
         return tensor.to(self._dtype)
 
     def release(self) -> None:

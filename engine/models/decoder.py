@@ -18,11 +18,10 @@ from ..ops import OpCase, Ops, RopeTable
 from ..quantization import Weight
 from ..types import ForwardBatch, KVCacheView
 from .rope import rope_table
-from .weight_map import Part, fused_linear_part, linear_part, part, plain, swiglu_shapes, tensor_part
+from .weight_map import HEAD_PART, Part, fused_linear_part, linear_part, part, plain, swiglu_shapes, tensor_part
 from .workspace import Workspace
 
 Stages = Callable[[str, Tensor], None]
-HEAD_PART = "decoder.lm_head"
 
 
 def decoder_parts(

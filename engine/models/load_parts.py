@@ -14,7 +14,7 @@ from ..loading.weights import TensorSource, WeightSpec, load_weights
 from ..ops import Ops
 from ..quantization import Weight
 from .packed_parts import map_part
-from .weight_map import QUANTIZED_ON_LOAD, OpenedParts, Part, QuantizeTo
+from .weight_map import QUANTIZED_ON_LOAD, OpenedParts, Part, QuantizeTo, quantize_on_load
 
 
 def load_parts(
@@ -31,7 +31,7 @@ def load_parts(
         packed[spec.target] = by_target[spec.target].pack(ops, tensors)
 
     specs = [p.spec for p in by_target.values() if p.spec.target not in packed]
-    quantizer = None if quantize_to is None else functools.partial(ops.quantize, kind=quantize_to)
+    quantizer = None if quantize_to is None else functools.partial(quantize_on_load, ops, quantize_to)
     load_weights(opened.source, specs, opened.unused, dtype, consume, quantizer, QUANTIZED_ON_LOAD)
     return packed
 

@@ -20,9 +20,9 @@ from ..loading.weights import TensorSource, WeightSpec
 from ..ops import OpCase, Ops
 from ..quantization import Weight
 from ..types import ForwardBatch, KVCacheView
-from .decoder import HEAD_PART, Decoder, decoder_cases, decoder_parts
+from .decoder import Decoder, decoder_cases, decoder_parts
 from .load_parts import load_parts
-from .weight_map import OpenedParts, Part, QuantizeTo, pack_parts, plain
+from .weight_map import HEAD_PART, OpenedParts, Part, QuantizeTo, pack_parts, plain
 
 Stages = Callable[[str, Tensor], None]
 STACKED_EXPERTS = ".mlp.experts.gate_up_proj"
