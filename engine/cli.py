@@ -112,13 +112,19 @@ def build_parser() -> argparse.ArgumentParser:
     modes.add_argument("--size", default="1240x1754", help="width x height of the page in pixels")
     modes.set_defaults(run=run_modes)
 
-    bench = commands.add_parser("bench", help="time one page by stage, with peak memory")
+    bench = commands.add_parser("bench", help="time one page by stage, or a text model, with peak memory")
     add_engine_options(bench)
-    bench.add_argument("--image", metavar="FILE", help="page to read; default: a generated one of --size")
-    bench.add_argument("--size", default="1240x1754", help="width x height of the generated page")
-    bench.add_argument("--mode", help="as for read")
-    bench.add_argument("--max-crops", type=int, help="as for read")
     bench.add_argument("--tokens", type=int, default=32, help="tokens to decode (the end mark is ignored)")
+    page = bench.add_argument_group("page models")
+    page.add_argument("--image", metavar="FILE", help="page to read; default: a generated one of --size")
+    page.add_argument("--size", default="1240x1754", help="width x height of the generated page")
+    page.add_argument("--mode", help="as for read")
+    page.add_argument("--max-crops", type=int, help="as for read")
+    text = bench.add_argument_group("text models")
+    text.add_argument("--prompt-tokens", type=int, default=512, help="prompt of the prefill that is timed")
+    text.add_argument("--repeats", type=int, default=3, help="prefills; the median counts")
+    text.add_argument("--depth", default="0,512", metavar="N,N", help="tokens in the cache before decoding is timed")
+    text.add_argument("--batch", default="1", metavar="N,N", help="sequences decoded together")
     bench.set_defaults(run=run_bench)
     return parser
 
@@ -222,9 +228,12 @@ def parse_size(text: str) -> tuple[int, int]:
 
 
 def run_bench(args: argparse.Namespace) -> int:
-    from .bench.page import run
+    from .bench import page, text
+    from .doctor import reads_pages
 
-    return run(args, engine_options(args))
+    if args.model is None or reads_pages(args.model, args.random_weights):
+        return page.run(args, engine_options(args))
+    return text.run(args, engine_options(args))
 
 
 if __name__ == "__main__":

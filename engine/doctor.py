@@ -123,6 +123,17 @@ def examine_modes(model: str | None, width: int, height: int) -> list[ModeReport
     return reports
 
 
+def reads_pages(model: str, random_weights: bool) -> bool:
+    """Whether a checkpoint (with random_weights: a preset too) takes images. Reads config.json only."""
+    from .config import DeepseekOcrConfig
+    from .loading.presets import find_description
+    from .models.registry import class_of
+
+    description = find_description(model, random_weights=random_weights)
+    config = class_of(description.config).read_config(description.config, description.generation)
+    return isinstance(config, DeepseekOcrConfig)
+
+
 def examine(backend: Literal["auto", "reference", "native"] = "auto") -> DoctorReport:
     """Look at the machine. Raises UnsupportedError if a forced backend or instruction set cannot run here."""
     import torch

@@ -16,30 +16,7 @@ from ..doctor import default_num_threads
 from ..errors import ConfigError
 from ..reader import Reader, default_prompt
 from ..types import SamplingParams
-
-
-class PeakMemory:
-    """Peak resident memory of this process since the last `restart`, in bytes, where /proc tells; else None.
-
-    Linux resets its high-water mark when 5 is written to clear_refs; where that is refused the peak is since the start.
-    """
-
-    def restart(self) -> None:
-        try:
-            with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
-                file.write("5")
-        except OSError:
-            return
-
-    def read(self) -> int | None:
-        try:
-            with open("/proc/self/status", encoding="ascii", errors="replace") as file:
-                for line in file:
-                    if line.startswith("VmHWM:"):
-                        return int(line.split()[1]) * 1024
-        except OSError:
-            return None
-        return None
+from .memory import PeakMemory, shown
 
 
 def generated_page(size: str) -> Any:
@@ -97,8 +74,7 @@ def print_table(rows: list[tuple[str, float, int | None]], usage: Any, decode_ra
     print(f"mode {usage.mode} ({grid}), {usage.image_tokens} image tokens, {usage.text_tokens} text tokens")
     print(f"{'stage':12} {'seconds':>9} {'peak RSS':>10}")
     for stage, seconds, peak_bytes in rows:
-        shown = f"{peak_bytes / 2**30:.2f} GiB" if peak_bytes else ""
-        print(f"{stage:12} {seconds:9.3f} {shown:>10}")
+        print(f"{stage:12} {seconds:9.3f} {shown(peak_bytes):>10}")
     print(f"decode {decode_rate:.1f} tokens/s")
     if memory:
-        print(f"peak resident memory of the page (model included): {memory / 2**30:.2f} GiB")
+        print(f"peak resident memory of the page (model included): {shown(memory)}")

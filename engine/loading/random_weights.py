@@ -8,11 +8,13 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Iterable
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from ..errors import WeightsError
+from ..quantization import INT4_GROUP, QuantizedWeight
 from .strict_json import shown
 from .weights import WeightSpec
 
@@ -32,6 +34,7 @@ class RandomWeights:
         self._shapes = {name: shape for spec in specs for name, shape in zip(spec.sources, spec.shapes, strict=True)}
         self._dtype = dtype
         self._seed = seed
+        self._drawn: dict[str, Tensor] = {}
         self._pool = torch.randn(POOL_SIZE, generator=torch.Generator().manual_seed(seed))
 
     def names(self) -> list[str]:
@@ -59,6 +62,23 @@ class RandomWeights:
             torch.mul(self._pool[place : place + count], spread, out=values[first : first + count])
             first, place = first + count, 0
         return values.view(shape)
+
+    def quantized(self, weight: Tensor, kind: Literal["int8", "int4"]) -> QuantizedWeight:
+        """A quantised weight of this one's shape with values of its own: rounding 30 billion of them takes minutes.
+
+        The values are uniform over the range, and the scales give them the spread of a random matrix.
+        """
+        n, k = weight.shape
+        low, high, size = (-8, 8, min(INT4_GROUP, max(k, 1))) if kind == "int4" else (-127, 128, max(k, 1))
+        drawn = self._drawn.get(kind)
+        if drawn is None:
+            generator = torch.Generator().manual_seed(self._seed)
+            drawn = torch.randint(low, high, (POOL_SIZE,), generator=generator, dtype=torch.int8)
+            self._drawn[kind] = drawn
+        values = drawn.repeat(-(-n * k // POOL_SIZE))[: n * k].view(n, k)
+        scale = math.sqrt(12 / max(k, 1)) / (high - low)
+        scales = torch.full((n, -(-k // size)), scale, dtype=torch.bfloat16 if kind == "int4" else torch.float32)
+        return QuantizedWeight(kind, values, scales, size, dtype=self._dtype)
 
     def release(self, name: str) -> None:
         """Nothing is kept."""

@@ -10,11 +10,12 @@ import torch
 
 from ..errors import WeightsError
 from ..loading.packed import PackedSource
-from ..loading.weights import TensorSource, WeightSpec, load_weights
+from ..loading.random_weights import RandomWeights
+from ..loading.weights import Quantizer, TensorSource, WeightSpec, load_weights
 from ..ops import Ops
 from ..quantization import Weight
 from .packed_parts import map_part
-from .weight_map import QUANTIZED_ON_LOAD, OpenedParts, Part, QuantizeTo, quantize_on_load
+from .weight_map import QUANTIZED_ON_LOAD, OpenedParts, Part, QuantizeTo, kind_on_load, quantize_on_load
 
 
 def load_parts(
@@ -31,9 +32,15 @@ def load_parts(
         packed[spec.target] = by_target[spec.target].pack(ops, tensors)
 
     specs = [p.spec for p in by_target.values() if p.spec.target not in packed]
-    quantizer = None if quantize_to is None else functools.partial(quantize_on_load, ops, quantize_to)
+    quantizer = None if quantize_to is None else choose_quantizer(opened.source, ops, quantize_to)
     load_weights(opened.source, specs, opened.unused, dtype, consume, quantizer, QUANTIZED_ON_LOAD)
     return packed
+
+
+def choose_quantizer(source: TensorSource, ops: Ops, quantize_to: QuantizeTo) -> Quantizer:
+    if isinstance(source, RandomWeights):
+        return lambda spec, weight: source.quantized(weight, kind_on_load(quantize_to, spec))
+    return functools.partial(quantize_on_load, ops, quantize_to)
 
 
 def map_parts(checkpoint: TensorSource, parts: dict[str, Part], dtype: torch.dtype, ops: Ops) -> dict[str, Any]:

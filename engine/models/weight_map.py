@@ -26,8 +26,13 @@ HEAD_PART = "decoder.lm_head"
 
 
 def quantize_on_load(ops: Ops, quantize_to: QuantizeTo, spec: WeightSpec, weight: Tensor) -> QuantizedWeight:
+    """A weight as `weights="int8"` and "int4" want it."""
+    return ops.quantize(weight, kind_on_load(quantize_to, spec))
+
+
+def kind_on_load(quantize_to: QuantizeTo, spec: WeightSpec) -> QuantizeTo:
     """The output head keeps 8 bits: it is one layer, and its errors go straight into the choice of tokens."""
-    return ops.quantize(weight, "int8" if spec.target == HEAD_PART else quantize_to)
+    return "int8" if spec.target == HEAD_PART else quantize_to
 
 
 @dataclass(frozen=True, slots=True)
