@@ -6,7 +6,6 @@ part by part, so memory stays near one shard.
 
 from __future__ import annotations
 
-import functools
 import json
 import shutil
 import time
@@ -24,9 +23,10 @@ from .loading.presets import find_description
 from .loading.quantized import open_weights
 from .loading.safetensors_writer import FolderWriter
 from .loading.weights import WeightSpec, load_weights
+from .models.load_parts import choose_quantizer
 from .models.packed_parts import write_part
 from .models.registry import class_of
-from .models.weight_map import QUANTIZED_ON_LOAD, Part, plain, quantize_on_load
+from .models.weight_map import QUANTIZED_ON_LOAD, Part, plain
 from .ops.registry import as_ops, resolve_ops
 from .quantization import Weight
 
@@ -76,7 +76,7 @@ def quantize_checkpoint(
             source_bytes = checkpoint.total_bytes
             opened = network.open_parts(open_weights(checkpoint), model_config)
             packer = _Packer(opened.parts, as_ops(ops), writer)
-            quantizer = None if weights == "auto" else functools.partial(quantize_on_load, as_ops(ops), weights)
+            quantizer = None if weights == "auto" else choose_quantizer(opened.source, as_ops(ops), weights)
             specs = [part.spec for part in opened.parts]
             load_weights(
                 opened.source, specs, opened.unused, DTYPES[chosen], packer.consume, quantizer, QUANTIZED_ON_LOAD

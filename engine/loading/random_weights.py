@@ -63,22 +63,23 @@ class RandomWeights:
             first, place = first + count, 0
         return values.view(shape)
 
-    def quantized(self, weight: Tensor, kind: Literal["int8", "int4"]) -> QuantizedWeight:
-        """A quantised weight of this one's shape with values of its own: rounding 30 billion of them takes minutes.
+    def quantized(self, name: str, kind: Literal["int8", "int4"]) -> QuantizedWeight:
+        """A matrix with quantised values of its own: making and rounding 30 billion numbers would take minutes.
 
         The values are uniform over the range, and the scales give them the spread of a random matrix.
         """
-        n, k = weight.shape
+        n, k = self.shape(name)
         low, high, size = (-8, 8, min(INT4_GROUP, max(k, 1))) if kind == "int4" else (-127, 128, max(k, 1))
         drawn = self._drawn.get(kind)
         if drawn is None:
             generator = torch.Generator().manual_seed(self._seed)
             drawn = torch.randint(low, high, (POOL_SIZE,), generator=generator, dtype=torch.int8)
             self._drawn[kind] = drawn
-        values = drawn.repeat(-(-n * k // POOL_SIZE))[: n * k].view(n, k)
+        first = zlib.crc32(f"{self._seed} {name}".encode()) % max(POOL_SIZE - n * k, 1)
+        source = drawn if first + n * k <= POOL_SIZE else drawn.repeat(-(-(first + n * k) // POOL_SIZE))
         scale = math.sqrt(12 / max(k, 1)) / (high - low)
         scales = torch.full((n, -(-k // size)), scale, dtype=torch.bfloat16 if kind == "int4" else torch.float32)
-        return QuantizedWeight(kind, values, scales, size, dtype=self._dtype)
+        return QuantizedWeight(kind, source[first : first + n * k].view(n, k), scales, size, dtype=self._dtype)
 
     def release(self, name: str) -> None:
         """Nothing is kept."""

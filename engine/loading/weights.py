@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from typing import Protocol, overload
 
 import torch
-from torch import Tensor
 
 from ..errors import WeightsError
-from ..quantization import QuantizedWeight, Weight
+from ..quantization import Weight
 from .strict_json import shown
 
 FLOAT_DTYPES = ("BF16", "F16", "F32")
@@ -67,7 +66,8 @@ class WeightSpec:
         return source in self.linear and source not in self.kept
 
 
-Quantizer = Callable[[WeightSpec, Tensor], QuantizedWeight]
+# What a linear layer's tensor of that name becomes; where it reads it from is its business.
+Quantizer = Callable[[WeightSpec, str], Weight]
 Consume = Callable[[WeightSpec, Sequence[Weight]], None]
 
 
@@ -91,13 +91,12 @@ class SpecTensors(Sequence[Weight]):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         name = self._spec.sources[index]
-        tensor = self._checkpoint.tensor(name)
         self._recent.append(name)
         if len(self._recent) > KEPT_PAGES:
             self._checkpoint.release(self._recent.popleft())
-        if isinstance(tensor, Tensor) and self._quantizer is not None and self._spec.is_quantized_on_load(name):
-            tensor = self._quantizer(self._spec, tensor)
-        return tensor.to(self._dtype)
+        if self._quantizer is not None and self._spec.is_quantized_on_load(name):
+            return self._quantizer(self._spec, name).to(self._dtype)
+        return self._checkpoint.tensor(name).to(self._dtype)
 
     def release(self) -> None:
         """Give back the file's pages of everything that was read."""

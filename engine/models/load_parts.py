@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..errors import WeightsError
 from ..loading.packed import PackedSource
@@ -15,7 +15,7 @@ from ..loading.weights import Quantizer, TensorSource, WeightSpec, load_weights
 from ..ops import Ops
 from ..quantization import Weight
 from .packed_parts import map_part
-from .weight_map import QUANTIZED_ON_LOAD, OpenedParts, Part, QuantizeTo, kind_on_load, quantize_on_load
+from .weight_map import QUANTIZED_ON_LOAD, OpenedParts, Part, QuantizeTo, kind_on_load
 
 
 def load_parts(
@@ -38,9 +38,15 @@ def load_parts(
 
 
 def choose_quantizer(source: TensorSource, ops: Ops, quantize_to: QuantizeTo) -> Quantizer:
+    """How the linear layers of the decoder become quantised."""
     if isinstance(source, RandomWeights):
-        return lambda spec, weight: source.quantized(weight, kind_on_load(quantize_to, spec))
-    return functools.partial(quantize_on_load, ops, quantize_to)
+        return lambda spec, name: source.quantized(name, kind_on_load(quantize_to, spec))
+
+    def quantizer(spec: WeightSpec, name: str) -> Weight:
+        weight = source.tensor(name)
+        return ops.quantize(weight, kind_on_load(quantize_to, spec)) if isinstance(weight, Tensor) else weight
+
+    return quantizer
 
 
 def map_parts(checkpoint: TensorSource, parts: dict[str, Part], dtype: torch.dtype, ops: Ops) -> dict[str, Any]:

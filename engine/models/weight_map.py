@@ -16,18 +16,13 @@ from torch import Tensor
 from ..errors import WeightsError
 from ..loading.weights import TensorSource, WeightSpec
 from ..ops import Ops
-from ..quantization import QuantizedWeight, Weight, stack_rows
+from ..quantization import Weight, stack_rows
 
 Pack = Callable[[Ops, Sequence[Any]], Any]
 Shape = tuple[int, ...]
 QuantizeTo = Literal["int8", "int4"]
 QUANTIZED_ON_LOAD = "decoder."  # targets whose linear layers `weights="int8"` and "int4" mean: not the vision towers
 HEAD_PART = "decoder.lm_head"
-
-
-def quantize_on_load(ops: Ops, quantize_to: QuantizeTo, spec: WeightSpec, weight: Tensor) -> QuantizedWeight:
-    """A weight as `weights="int8"` and "int4" want it."""
-    return ops.quantize(weight, kind_on_load(quantize_to, spec))
 
 
 def kind_on_load(quantize_to: QuantizeTo, spec: WeightSpec) -> QuantizeTo:
@@ -168,7 +163,7 @@ def pack_parts(
         if not isinstance(tensor, Tensor):
             return tensor.to(dtype)
         if quantize_to is not None and spec.target.startswith(QUANTIZED_ON_LOAD) and spec.is_quantized_on_load(name):
-            return quantize_on_load(ops, quantize_to, spec, tensor.detach()).to(dtype)
+            return ops.quantize(tensor.detach(), kind_on_load(quantize_to, spec)).to(dtype)
         return tensor.detach().to(dtype)
 
     return {p.spec.target: p.pack(ops, [taken(p.spec, name) for name in p.spec.sources]) for p in parts}
