@@ -80,6 +80,7 @@ def _add_reading(p: argparse.ArgumentParser) -> None:
     p.add_argument("--base-size", type=int, default=0, help="side of the whole-page view, instead of config.json's")
     p.add_argument("--dtype", default="auto")
     p.add_argument("--backend", default="auto")
+    p.add_argument("--weights", default="auto", help="int8 or int4: the engine's decoder quantised")
     p.add_argument("--threads", type=int, default=0, help="threads to read with; 0 leaves the choice to the engine")
 
 
@@ -109,7 +110,7 @@ def run(a: argparse.Namespace) -> int:
         return 0
     if a.threads:
         torch.set_num_threads(a.threads)
-    source = evaluate.Source(a.model, a.through, a.base_size, a.font_dir, a.dtype, a.backend, a.threads)
+    source = evaluate.Source(a.model, a.through, a.base_size, a.font_dir, a.dtype, a.backend, a.threads, a.weights)
     if a.command == "samples":
         os.makedirs(a.out, exist_ok=True)
         write_json(os.path.join(a.out, "index.json"), evaluate.samples(source, a.out, a.pages, a.seed))

@@ -131,7 +131,9 @@ def training_reader(folder: str) -> Read:
     return read
 
 
-def engine_reader(folder: str, dtype: str = "auto", backend: str = "auto", threads: int = 0) -> Read:
+def engine_reader(
+    folder: str, dtype: str = "auto", backend: str = "auto", threads: int = 0, weights: str = "auto"
+) -> Read:
     """A Read through the public API of the installed package, with its defaults for everything else."""
     try:
         from pagelens import LLM, SamplingParams
@@ -139,7 +141,7 @@ def engine_reader(folder: str, dtype: str = "auto", backend: str = "auto", threa
         raise RuntimeError(
             f"the engine cannot be imported ({error}); install it with `pip install -e .`, or use --through training"
         ) from error
-    llm = LLM(folder, dtype=dtype, backend=backend, num_threads=threads or None)
+    llm = LLM(folder, dtype=dtype, backend=backend, num_threads=threads or None, weights=weights)
     params = SamplingParams(max_tokens=MAX_TOKENS)
 
     def read(pages: Sequence[Page], mode: str, layout: Layout, markdown: bool) -> list[str]:
@@ -197,6 +199,7 @@ class Source:
     dtype: str = "auto"
     backend: str = "auto"
     threads: int = 0
+    weights: str = "auto"
 
 
 def read_tasks(source: Source, n: int, seed: int, markdown: bool) -> Iterator[tuple[Task, list[Page], list[str]]]:
@@ -207,7 +210,7 @@ def read_tasks(source: Source, n: int, seed: int, markdown: bool) -> Iterator[tu
     with tempfile.TemporaryDirectory() as scratch:
         copy = with_base_size(source.folder, base_size, scratch)
         if source.through == "engine":
-            read = engine_reader(copy, source.dtype, source.backend, source.threads)
+            read = engine_reader(copy, source.dtype, source.backend, source.threads, source.weights)
         else:
             read = training_reader(copy)
         for task in tasks(base_size):
