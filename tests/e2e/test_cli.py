@@ -10,6 +10,7 @@ import zlib
 from pathlib import Path
 
 import pytest
+from helpers.text_models import make_oracle, save
 
 from pagelens.cli import main
 from pagelens.reader import builtin_model
@@ -215,6 +216,22 @@ def test_bench_prints_stages_and_a_json_line(capsys: pytest.CaptureFixture[str])
     assert record["seconds"]["decode"] > 0
     for stage in ("load model", "encode", "prefill", "decode"):
         assert stage in out
+
+
+@pytest.mark.parametrize("weights", ["auto", "int4"])
+def test_bench_of_a_text_model(weights: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = save(make_oracle("Qwen3MoeForCausalLM"), tmp_path)
+    options = ["--depth", "0,9", "--batch", "1,3", "--prompt-tokens", "20", "--repeats", "2", "--tokens", "4"]
+    assert main(["bench", "--model", str(folder), "--weights", weights, *options]) == 0
+    out = capsys.readouterr().out
+    record = json.loads(out.splitlines()[-1])
+    assert [(row["depth"], row["batch"]) for row in record["decode"]] == [(0, 1), (0, 3), (9, 1), (9, 3)]
+    assert all(0 < row["step_p50_s"] <= row["step_p95_s"] and row["tokens_per_s"] > 0 for row in record["decode"])
+    assert len(record["prefill"]["seconds"]) == 2
+    assert "prefill of 20 tokens" in out
+    for wrong in (["--depth", "x"], ["--batch", "0"], ["--tokens", "1"]):
+        assert main(["bench", "--model", str(folder), *wrong]) == 2
+        assert "--" in capsys.readouterr().err
 
 
 def test_the_installed_command_works_without_asserts() -> None:

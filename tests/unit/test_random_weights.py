@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import pytest
 import torch
@@ -72,6 +73,23 @@ def test_a_tensor_larger_than_the_pool() -> None:
         assert abs(float(part.mean())) < 0.001
     distance = POOL_SIZE // 1100
     assert all(not torch.equal(made[i], made[i + d]) for i in range(8) for d in (distance, distance + 1))
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_quantised_matrices_of_every_size(kind: Literal["int8", "int4"]) -> None:
+    """The whole range of values, the spread of a random matrix, the same for a seed and a name."""
+    shapes = ((40, 90), (4096, 1100), (3, 1))
+    made = RandomWeights(specs(*shapes), torch.float32, seed=3)
+    for i, shape in enumerate(shapes):
+        weight = made.quantized(f"layer.{i}.weight", kind)
+        assert (tuple(weight.shape), weight.kind, weight.dtype) == (shape, kind, torch.float32)
+        again = RandomWeights(specs(*shapes), torch.float32, seed=3).quantized(f"layer.{i}.weight", kind)
+        assert torch.equal(weight.values, again.values)
+    large = made.quantized("layer.1.weight", kind)
+    low, high = (-8, 7) if kind == "int4" else (-127, 127)
+    assert (int(large.values.min()), int(large.values.max())) == (low, high)
+    assert float(large.float().std()) == pytest.approx(1 / math.sqrt(1100), rel=0.01)
+    assert not torch.equal(large.values[0], made.quantized("layer.0.weight", kind).values.flatten()[:1100])
 
 
 def test_spread_of_each_kind() -> None:
