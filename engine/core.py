@@ -122,8 +122,9 @@ class Engine:
         if schedule:
             started = time.perf_counter()
             logits, hidden = self.runner.run(self.batches.build(schedule))
-            for chunk in schedule:
-                self._answers[chunk.sequence][0].count_pass(time.perf_counter() - started)
+            seconds = time.perf_counter() - started
+            for state in dict.fromkeys(self._answers[chunk.sequence][0] for chunk in schedule):
+                state.count_pass(seconds)
             changed += self._accept(schedule, logits, hidden)
             # Only now is it known whose keys and values are not to be trusted.
             sequences = [chunk.sequence for chunk in schedule]

@@ -111,8 +111,8 @@ class QuantizedWeight:
         if self.activation is None or not x.numel():
             return x
         most = 127.0 if self.activation == "int8" else FP8_MAX
-        largest = x.abs().amax(-1, keepdim=True)
-        scale = torch.where(largest > 0, largest / most, 1.0)
+        step = x.abs().amax(-1, keepdim=True) / most
+        scale = torch.where(step > 0, step, 1.0)
         scaled = (x / scale).clamp(-most, most)
         on_grid = scaled.round() if self.activation == "int8" else scaled.to(torch.float8_e4m3fn).float()
         return on_grid * scale
@@ -195,8 +195,9 @@ def quantize(weight: Tensor, kind: Literal["int8", "int4"]) -> QuantizedWeight:
 
 
 def _round_to(grouped: Tensor, scales: Tensor, low: int, high: int) -> Tensor:
-    """grouped [N, G, S] in units of scales [N, G], whole, within the range; 0 where the scale is 0."""
-    inverse = torch.where(scales == 0, 0.0, 1.0 / scales)
+    """grouped [N, G, S] in units of scales [N, G], whole, within the range; 0 where the scale has no finite inverse."""
+    inverse = 1.0 / scales
+    inverse = torch.where(inverse.isfinite(), inverse, 0.0)
     return (grouped * inverse[..., None]).round_().clamp_(low, high)
 
 

@@ -132,10 +132,12 @@ def _copy_small_files(source: Path, target: Path) -> None:
         wanted = wanted or path.name in ("generation_config.json", "tokenizer_config.json", "modules.json")
         if wanted and path.is_file() and path.stat().st_size <= MAX_COPIED_BYTES:
             shutil.copyfile(path, target / path.name)
-    pooling = source / "1_Pooling" / "config.json"  # how an embedding model wants to be pooled
-    if pooling.is_file():
-        (target / "1_Pooling").mkdir(exist_ok=True)
-        shutil.copyfile(pooling, target / "1_Pooling" / "config.json")
+    # The modules of an embedding model. Those that are refused go along too, so that they still are.
+    for module in sorted(path for path in source.glob("[0-9]*_*") if path.is_dir()):
+        (target / module.name).mkdir(exist_ok=True)
+        config = module / "config.json"
+        if config.is_file() and config.stat().st_size <= MAX_COPIED_BYTES:
+            shutil.copyfile(config, target / module.name / "config.json")
 
 
 def _settings(

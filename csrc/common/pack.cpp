@@ -168,7 +168,7 @@ void pack_quantized(ThreadPool& pool, const PackedLinear& packed, const RowSourc
   }
   fill_groups(packed, scales, element_bytes(packed.scale_dtype), const_cast<void*>(packed.scales));
   if (packed.zeros) fill_groups(packed, zeros, 2, const_cast<int16_t*>(packed.zeros));
-  if (packed.order) std::memcpy(const_cast<int32_t*>(packed.order), order, static_cast<size_t>(k) * 4);
+  if (packed.order) std::copy_n(order, k, const_cast<int32_t*>(packed.order));
   fill_bias(packed, bias, bias_dtype);
 }
 

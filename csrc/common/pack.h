@@ -43,16 +43,13 @@ struct LinearShape {
 size_t packed_bytes(const LinearShape& shape);
 PackedLinear place(const LinearShape& shape, char* memory);  // `memory` is on a 64-byte line
 
-// Rows of a matrix: row r of the packed weight is row(r), or zeros where that is -1. `halves`: columns 0..15 of a panel
-// are rows of `first`, columns 16..31 the same rows of `second` (gate and up).
+// Rows of a matrix. With `second`, columns 0..15 of a panel are rows of `first`, columns 16..31 the same rows of
+// `second` (gate and up). Columns behind the last row are zeros.
 struct RowSource {
   const void* first = nullptr;
   const void* second = nullptr;  // null: all rows are of `first`
   int64_t rows = 0;              // of each
 };
-inline int64_t packed_rows(const RowSource& source) {
-  return source.second ? (source.rows + 15) / 16 * 32 : source.rows;
-}
 
 // Both write to where `packed` points.
 // weight: [rows, k] contiguous of packed.dtype; bias: [n] of `bias_dtype` or null.

@@ -17,7 +17,11 @@ constexpr float kPlaces[] = {-8.0f, 7.0f,   -8.5f,  7.5f,   -9.0f, 8.0f, -7.0f,
 // To the nearest whole number, ties to even, for |x| < 2^22: the sum with 1.5 * 2^23 has no room for a fraction.
 PAGELENS_INLINE vf round_even(vf x) { return (x + 12582912.0f) - 12582912.0f; }
 
-PAGELENS_INLINE float inverse_of(float scale) { return scale == 0.0f ? 0.0f : 1.0f / scale; }
+// 0 for a scale of 0, and for one so small that its inverse is infinite.
+PAGELENS_INLINE float inverse_of(float scale) {
+  const float inverse = 1.0f / scale;
+  return std::isfinite(inverse) ? inverse : 0.0f;
+}
 
 // whole[i] = clamp(round(x[i] / scale)), i < 32.
 PAGELENS_INLINE void round_group(const float* x, float scale, float* whole) {

@@ -114,7 +114,8 @@ PAGELENS_INLINE void unpack(const PackedLinear& w, int64_t panel, int64_t k0, in
 PAGELENS_INLINE float half_to_float(uint16_t h) {
   const uint32_t sign = static_cast<uint32_t>(h & 0x8000u) << 16, rest = h & 0x7fffu;
   if (rest < 0x400u) return (sign ? -1.0f : 1.0f) * static_cast<float>(rest) * 5.9604644775390625e-8f;  // 2^-24
-  const uint32_t bits = sign | ((rest << 13) + ((127u - 15u) << 23));
+  const uint32_t bias = (rest < 0x7c00u ? 127u - 15u : 255u - 31u) << 23;  // infinity and NaN stay what they are
+  const uint32_t bits = sign | ((rest << 13) + bias);
   float f;
   std::memcpy(&f, &bits, 4);
   return f;
@@ -134,6 +135,7 @@ PAGELENS_INLINE void load_scales(const PackedLinear& w, int64_t panel, int64_t g
 
 // ---- activations ---------------------------------------------------------------------------------------------------
 PAGELENS_INLINE float round_to_fp8(float x) {
+  if (std::isnan(x)) return x;  // adding the rounding term could turn it into a zero
   if (std::fabs(x) < 0.015625f) return std::nearbyint(x * 512.0f) * 0.001953125f;  // below 2^-6: steps of 2^-9
   uint32_t u;
   std::memcpy(&u, &x, 4);
@@ -157,7 +159,8 @@ inline void pack_quantized_row(const T* x, const PackedLinear& w, int R, uint32_
   if (w.activation != ActivationFormat::plain) {
     float largest = 0.0f;
     for (int64_t i = 0; i < w.k; i++) largest = std::max(largest, std::fabs(get(x + i)));
-    if (largest > 0.0f) scale = largest / (w.activation == ActivationFormat::int8 ? 127.0f : 448.0f);
+    const float step = largest / (w.activation == ActivationFormat::int8 ? 127.0f : 448.0f);
+    if (step > 0.0f) scale = step;  // 0 too where the largest is near the end of the subnormal numbers
     *side++ = scale;
   }
   const bool pairs = tile_dtype(w) == DType::bf16;

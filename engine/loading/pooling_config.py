@@ -17,7 +17,7 @@ LAST_TOKEN = "lasttoken"
 
 def check_pooling(folder: Path) -> None:
     """Raises ConfigError if the folder pools in another way, or has a linear layer behind the pooling."""
-    for path in sorted(folder.glob("[0-9]*_Dense")):
+    for path in sorted(folder.glob("[0-9]*_Dense*")):
         raise ConfigError(f"{folder.name}/{path.name}: a linear layer behind the pooling is not implemented")
     for path in sorted(folder.glob("[0-9]*_Pooling/config.json")):
         label = f"{folder.name}/{path.parent.name}/config.json"
@@ -30,8 +30,9 @@ def check_pooling(folder: Path) -> None:
         modes = [key.removeprefix("pooling_mode_") for key, value in raw.items() if _is_switch(key) and value]
         if "pooling_mode" in raw:
             modes.append(str(raw["pooling_mode"]))
-        if modes and set(modes) != {LAST_TOKEN}:
-            fail(f"pooling {shown(', '.join(modes))} is not implemented; only {LAST_TOKEN} is")
+        if set(modes) != {LAST_TOKEN}:  # none said is the mean, by the library's defaults
+            said = shown(", ".join(modes)) if modes else "without a mode"
+            fail(f"pooling {said} is not implemented; only {LAST_TOKEN} is")
 
 
 def _is_switch(key: str) -> bool:

@@ -48,6 +48,13 @@ def test_each_answer_is_the_one_its_seed_gives_alone(cached: bool) -> None:
     assert num_computed == 21 + 4 * 1 + 5 * 7
 
 
+def test_a_pass_counts_once_however_many_answers_are_in_it() -> None:
+    """A prompt shorter than a block: nothing is shared, and all answers begin in one pass."""
+    with fake_llm() as llm:
+        metrics = llm.generate([[5, 6, 7]], params(n=8))[0].metrics
+    assert 0 < metrics.prefill_s <= metrics.time_to_first_token_s
+
+
 def test_greedy_answers_are_equal_and_unseeded_ones_differ() -> None:
     with fake_llm() as llm:
         greedy = llm.generate([PROMPT], params(n=3))[0]

@@ -35,6 +35,7 @@ from pagelens.core import Engine, build_engine
 from pagelens.errors import CapacityError, ConfigError, EngineClosedError, EngineError, PromptError
 from pagelens.models.qwen3 import TextModel
 from pagelens.pooling import encode_pairs
+from pagelens.quantize import quantize_checkpoint
 from pagelens.runtime.state import RequestState
 from pagelens.text.tokenizer import Tokenizer
 
@@ -372,6 +373,9 @@ def test_another_way_of_pooling_is_refused(tmp_path: Path) -> None:
             config.write_text(json.dumps({"word_embedding_dimension": 64, **good}))
             assert np.array_equal(llm.embed(TEXTS), vectors)
         bad: Any
+        config.write_text(json.dumps({"word_embedding_dimension": 64}))
+        with pytest.raises(ConfigError, match=r"1_Pooling/config\.json: pooling without a mode .* only lasttoken is"):
+            llm.embed(TEXTS)
         for bad in (
             {"pooling_mode_mean_tokens": True},
             {"pooling_mode_lasttoken": True, "pooling_mode_mean_tokens": True},
@@ -384,9 +388,24 @@ def test_another_way_of_pooling_is_refused(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match=r"1_Pooling/config\.json: is not a JSON object"):
             llm.embed(TEXTS)
         config.unlink()
-        (tmp_path / "2_Dense").mkdir()
+        for name in ("2_Dense", "2_Dense_1024"):
+            (tmp_path / name).mkdir()
+            with pytest.raises(ConfigError, match=f"{name}: a linear layer behind the pooling is not implemented"):
+                llm.embed(TEXTS)
+            (tmp_path / name).rmdir()
+
+
+def test_a_packed_folder_is_pooled_as_its_source_says(tmp_path: Path) -> None:
+    source = save_model(pooling_oracle(), tmp_path / "source")
+    for name in ("1_Pooling", "2_Dense"):
+        (source / name).mkdir()
+    (source / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode": "lasttoken"}))
+    quantize_checkpoint(source, tmp_path / "packed", "int8", num_threads=1)
+    with LLM(tmp_path / "packed", num_threads=1) as llm:
         with pytest.raises(ConfigError, match="2_Dense: a linear layer behind the pooling is not implemented"):
             llm.embed(TEXTS)
+        (tmp_path / "packed" / "2_Dense").rmdir()
+        assert llm.embed(TEXTS).shape == (4, 64)
 
 
 def test_a_table_with_fewer_rows_than_the_tokenizer_has_tokens(tmp_path: Path) -> None:
