@@ -47,7 +47,7 @@ class WeightSpec:
     target   the model's own name for it
     sources  checkpoint tensors it is made of, in the order in which `consume` gets them (one, or several to fuse)
     shapes   the shape each source must have
-    linear   those of the sources that are matrices of linear layers: they may be quantised
+    linear   those of the sources that are matrices of linear layers, or stacks [E, R, C] of them: they may be quantised
     kept     those of `linear` that quantising on load leaves as they are
     """
 
@@ -96,7 +96,7 @@ class SpecTensors(Sequence[Weight]):
         if len(self._recent) > KEPT_PAGES:
             self._checkpoint.release(self._recent.popleft())
         if isinstance(tensor, Tensor) and self._quantizer is not None and self._spec.is_quantized_on_load(name):
-            tensor = self._quantizer(tensor)
+            tensor = self._quantizer(tensor.flatten(0, -2))  # of stacked matrices [E, R, C]: [E * R, C]
         return tensor.to(self._dtype)
 
     def release(self) -> None:

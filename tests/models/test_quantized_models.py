@@ -28,6 +28,7 @@ from pagelens.config import EngineConfig
 from pagelens.core import build_engine
 from pagelens.errors import ConfigError, UnsupportedError
 from pagelens.loading.checkpoint import open_checkpoint
+from pagelens.models.qwen3 import TextModel
 from pagelens.models.registry import class_of
 from pagelens.quantization import quantize
 from pagelens.reader import builtin_model
@@ -192,6 +193,26 @@ def test_quantised_on_load(weights: Any, kind: str, tmp_path: Path) -> None:
     for result in results:
         assert_near(result[0], expected)
         assert_tokens_agree(results[0], result, SAME)
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_stacked_experts_are_quantised_alike(weights: str, tmp_path: Path) -> None:
+    oracle = make_oracle(ARCHITECTURES["qwen3_moe"], mlp_only_layers=[1])
+    one_by_one, stacked = (save(oracle, tmp_path / str(is_stacked), is_stacked) for is_stacked in (False, True))
+    assert "model.layers.0.mlp.experts.gate_up_proj" in load_file(stacked / "model.safetensors")
+    for backend in ("reference", "native"):
+        results = [run(folder, backend, weights=weights)[0] for folder in (one_by_one, stacked)]
+        assert torch.equal(*results)
+        assert not torch.equal(results[0], run(stacked, backend)[0])
+    with loaded(stacked, weights=weights) as model:
+        built = TextModel.from_tensors(
+            model.config,
+            load_file(stacked / "model.safetensors"),
+            torch.float32,
+            model.ops,
+            weights,  # type: ignore[arg-type]
+        )
+        assert torch.equal(Session(built).feed(IDS), results[0])  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("weights", ["int8", "int4"])
