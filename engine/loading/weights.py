@@ -14,7 +14,7 @@ from typing import Protocol, overload
 import torch
 from torch import Tensor
 
-from ..errors import WeightsError
+from ..errors import ShapeError, WeightsError
 from ..quantization import QuantizedWeight, Weight
 from .strict_json import shown
 
@@ -96,7 +96,10 @@ class SpecTensors(Sequence[Weight]):
         if len(self._recent) > KEPT_PAGES:
             self._checkpoint.release(self._recent.popleft())
         if isinstance(tensor, Tensor) and self._quantizer is not None and self._spec.is_quantized_on_load(name):
-            tensor = self._quantizer(tensor.flatten(0, -2))  # of stacked matrices [E, R, C]: [E * R, C]
+            try:
+                tensor = self._quantizer(tensor.flatten(0, -2))  # of stacked matrices [E, R, C]: [E * R, C]
+            except ShapeError as error:
+                raise WeightsError(f"{shown(name)}: {error}") from error
         return tensor.to(self._dtype)
 
     def release(self) -> None:
