@@ -146,6 +146,7 @@ CASES: dict[str, Bad] = {
     ),
     "an empty prompt": Bad(PromptError, ("prompt is empty",), prompt=""),
 }
+COMMAND_CASES = [name for name, bad in CASES.items() if bad.arguments or not bad.options]  # the options that it has
 
 
 @pytest.fixture(scope="module")
@@ -158,13 +159,11 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {"plain": base / "plain", "gptq": base / "gptq"}
 
 
-@pytest.fixture(params=CASES, ids=lambda name: name.replace(" ", "_"))
-def case(request: pytest.FixtureRequest, models: dict[str, Path], tmp_path: Path) -> tuple[Bad, Path]:
-    bad = CASES[request.param]
+def damaged(bad: Bad, models: dict[str, Path], tmp_path: Path) -> Path:
     folder = tmp_path / "model"
     shutil.copytree(models[bad.model], folder)
     bad.damage(folder)
-    return bad, folder
+    return folder
 
 
 def assert_tells(text: str, parts: tuple[str, ...]) -> None:
@@ -185,8 +184,10 @@ def answer(folder: Path, bad: Bad) -> None:
             llm.generate([bad.prompt])
 
 
-def test_llm_tells(case: tuple[Bad, Path]) -> None:
-    bad, folder = case
+@pytest.mark.parametrize("case", CASES, ids=lambda name: name.replace(" ", "_"))
+def test_llm_tells(case: str, models: dict[str, Path], tmp_path: Path) -> None:
+    bad = CASES[case]
+    folder = damaged(bad, models, tmp_path)
     started = time.monotonic()
     with pytest.raises(PagelensError) as caught:
         answer(folder, bad)
@@ -195,12 +196,16 @@ def test_llm_tells(case: tuple[Bad, Path]) -> None:
     assert time.monotonic() - started < MOST_SECONDS
 
 
+@pytest.mark.parametrize("case", COMMAND_CASES, ids=lambda name: name.replace(" ", "_"))
 def test_the_command_tells(
-    case: tuple[Bad, Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    case: str,
+    models: dict[str, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    bad, folder = case
-    if bad.options and not bad.arguments:
-        pytest.skip("the command line has no such option")
+    bad = CASES[case]
+    folder = damaged(bad, models, tmp_path)
     arguments = ["--model", str(folder), "--threads", "1", *bad.arguments]
     if bad.prompt is None:
         monkeypatch.setattr(sys, "stdin", io.StringIO("Hi\n"))
