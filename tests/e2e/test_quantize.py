@@ -149,6 +149,12 @@ def test_a_reranker_with_a_tied_head(tmp_path: Path) -> None:
         with LLM(model, num_threads=1, **options) as llm:  # type: ignore[arg-type]
             scores.append([result.score for result in llm.rerank("q", ["a", "b"]).results])
     assert scores[0] == scores[1]
+    quantize_checkpoint(save_model(pooling_oracle(), tmp_path / "c"), tmp_path / "d", num_threads=1)
+    with (
+        LLM(tmp_path / "d", num_threads=1) as llm,
+        pytest.raises(ConfigError, match="rerank needs lm_head.weight, or tied"),
+    ):
+        llm.rerank("q", ["a"])
 
 
 # ---- mapped ----------------------------------------------------------------------------------------------------------
