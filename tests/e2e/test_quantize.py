@@ -152,7 +152,7 @@ def test_a_reranker_with_a_tied_head(tmp_path: Path) -> None:
     quantize_checkpoint(save_model(pooling_oracle(), tmp_path / "c"), tmp_path / "d", num_threads=1)
     with (
         LLM(tmp_path / "d", num_threads=1) as llm,
-        pytest.raises(ConfigError, match="rerank needs lm_head.weight, or tied"),
+        pytest.raises(ConfigError, match=r"rerank needs lm_head\.weight, or tied"),
     ):
         llm.rerank("q", ["a"])
 
