@@ -12,7 +12,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from . import __version__
 from .errors import ConfigError, PagelensError
@@ -46,8 +46,15 @@ def complain(message: str) -> int:
     return EXIT_REFUSED
 
 
+class OneLineParser(argparse.ArgumentParser):
+    """An ArgumentParser that complains in one line, as everything else here does."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(EXIT_REFUSED, f"{self.prog}: {message}; see `{self.prog} --help`\n")
+
+
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="pagelens", description="Read page images as Markdown.")
+    parser = OneLineParser(prog="pagelens", description="Read page images as Markdown.")
     parser.add_argument("--version", action="version", version=f"pagelens {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 

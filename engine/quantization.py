@@ -140,6 +140,12 @@ def stack_rows(weights: Sequence[Weight]) -> Weight | None:
     )
 
 
+def take_rows(weight: QuantizedWeight, start: int, end: int) -> QuantizedWeight:
+    """Rows start to end - 1, as views."""
+    zeros = None if weight.zeros is None else weight.zeros[start:end]
+    return replace(weight, values=weight.values[start:end], scales=weight.scales[start:end], zeros=zeros)
+
+
 def _all_plain(weights: Sequence[Weight]) -> bool:
     return all(isinstance(w, Tensor) and w.dtype == weights[0].dtype for w in weights)
 

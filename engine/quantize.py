@@ -9,13 +9,14 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from .config import EngineConfig
-from .core import DTYPES
+from .core import DTYPES, check_weights_option
 from .errors import ConfigError
 from .loading.checkpoint import open_checkpoint
 from .loading.packed import KEY, VERSION, PackedEntry
@@ -60,7 +61,8 @@ def quantize_checkpoint(
     """
     started = time.perf_counter()
     config = EngineConfig(str(source), dtype, weights=weights, num_threads=num_threads, backend="native").resolve()
-    folder = _make_folder(target)
+    folder = Path(target)
+    _check_folder(folder)
     description = find_description(config.model, random_weights=False)
     if description.folder is None:
         raise ConfigError(f"{source} is a preset without weights; give the folder of a checkpoint")
@@ -70,27 +72,28 @@ def quantize_checkpoint(
     model_config = network.read_config(description.config, description.generation)
     chosen = model_config.torch_dtype if dtype == "auto" else dtype
     ops = resolve_ops("native", network.op_cases(model_config, DTYPES[chosen]), num_threads)
-    writer = FolderWriter(folder)
     try:
-        with open_checkpoint(description.folder) as checkpoint:
-            source_bytes = checkpoint.total_bytes
-            opened = network.open_parts(open_weights(checkpoint), model_config)
+        with open_checkpoint(description.folder) as checkpoint, _new_folder(folder):
+            weight_source = open_weights(checkpoint)
+            check_weights_option(weights, weight_source, DTYPES[chosen])
+            opened = network.open_parts(weight_source, model_config)
+            writer = FolderWriter(folder)
             packer = _Packer(opened.parts, as_ops(ops), writer)
             quantizer = None if weights == "auto" else choose_quantizer(opened.source, as_ops(ops), weights)
             specs = [part.spec for part in opened.parts]
             load_weights(
                 opened.source, specs, opened.unused, DTYPES[chosen], packer.consume, quantizer, QUANTIZED_ON_LOAD
             )
-        writer.finish()
-        _copy_small_files(description.folder, folder)
-        settings = _settings(description.config, chosen, weights, packer.entries)
-        (folder / "config.json").write_text(json.dumps(settings, indent=1), encoding="utf-8")
-    except BaseException:
-        writer.discard()
-        raise
+            writer.finish()
+            _copy_small_files(description.folder, folder)
+            settings = _settings(description.config, chosen, weights, packer.entries)
+            # Last: without it the folder is no model.
+            (folder / "config.json").write_text(json.dumps(settings, indent=1), encoding="utf-8")
+            return QuantizeReport(
+                writer.num_bytes, checkpoint.total_bytes, time.perf_counter() - started, len(packer.entries)
+            )
     finally:
         ops.close()
-    return QuantizeReport(writer.num_bytes, source_bytes, time.perf_counter() - started, len(packer.entries))
 
 
 class _Packer:
@@ -114,15 +117,39 @@ class _Packer:
                 self._written.add(name)
 
 
-def _make_folder(target: str | Path) -> Path:
-    folder = Path(target)
+def _check_folder(folder: Path) -> None:
+    """Raises ConfigError unless `folder` is empty or does not exist."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if any(folder.iterdir()):
+        if folder.exists() and any(folder.iterdir()):
             raise ConfigError(f"{folder} is not empty; name a new folder")
     except OSError as error:
-        raise ConfigError(f"{folder} cannot be made: {error.strerror or error}; choose another folder") from error
-    return folder
+        raise _cannot_write(folder, error) from error
+
+
+@contextmanager
+def _new_folder(folder: Path) -> Iterator[None]:
+    """Make `folder`, which has nothing in it, and leave nothing in it on any failure. An OSError is a ConfigError."""
+    existed = folder.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException as error:
+        for path in folder.iterdir() if folder.is_dir() else ():
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+        if not existed and folder.is_dir():
+            folder.rmdir()
+        if isinstance(error, OSError):
+            raise _cannot_write(folder, error) from error
+        raise
+
+
+def _cannot_write(folder: Path, error: OSError) -> ConfigError:
+    return ConfigError(
+        f"{folder} cannot be written: {error.strerror or error}; free space on its disk or choose another folder"
+    )
 
 
 def _copy_small_files(source: Path, target: Path) -> None:

@@ -109,7 +109,7 @@ class ConfigReader:
         raise ConfigError(f"{self._where}: {key}={_short(value)} is not supported; accepted: {accepted}")
 
     def missing(self, key: str) -> NoReturn:
-        raise ConfigError(f"{self._where}: {key} is missing")
+        raise ConfigError(f"{self._where}: {key} is missing; add it, or download the file again")
 
     def log_unread(self) -> None:
         """Log at debug level the keys that nothing asked for, here and in all sections."""

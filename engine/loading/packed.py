@@ -23,6 +23,7 @@ PREFIX = "packed."  # of the tensors; the rest of the name is the model's own na
 Form = Literal["linear", "swiglu", "moe"]
 FORMS: dict[str, int] = {"linear": 1, "swiglu": 2, "moe": 2}  # layouts each has
 LAYOUT_TYPES = (int, int, int, bool, int, int, int, int, bool, bool)
+MAX_NUMBER = 2**31 - 1  # of a layout
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +81,7 @@ def read_packed(config: Mapping[str, Any]) -> PackedFolder | None:
 
 
 def _read_entry(name: str, raw: object, fail: Callable[[str], NoReturn]) -> PackedEntry:
-    if not isinstance(raw, Mapping) or raw.get("form") not in FORMS:
+    if not isinstance(raw, Mapping) or raw.get("form") not in tuple(FORMS):
         fail(f"an entry of part {name!r} is not one of {', '.join(FORMS)}")
     form: Form = raw["form"]
     count = raw.get("count", 0)
@@ -97,9 +98,11 @@ def _read_layouts(raw: object) -> tuple[tuple[Any, ...], ...] | None:
         return None
     layouts = []
     for layout in raw:
-        good = isinstance(layout, list) and len(layout) == len(LAYOUT_TYPES)
-        if not good or any(type(value) is not kind for value, kind in zip(layout, LAYOUT_TYPES)):
+        if not isinstance(layout, list) or len(layout) != len(LAYOUT_TYPES):
             return None
+        for value, kind in zip(layout, LAYOUT_TYPES):
+            if not isinstance(value, int) or not 0 <= value <= MAX_NUMBER or type(value) is not kind:
+                return None
         layouts.append(tuple(layout))
     return tuple(layouts)
 

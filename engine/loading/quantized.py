@@ -65,8 +65,9 @@ class QuantizedCheckpoint:
             self._modules[f"{module}.weight"] = (layout, tuple(found))
         if faults:
             more = f"; and {len(faults) - MAX_LISTED} more" if len(faults) > MAX_LISTED else ""
+            listed = "; ".join(faults[:MAX_LISTED])
             raise WeightsError(
-                "the checkpoint does not fit its quantization_config: " + "; ".join(faults[:MAX_LISTED]) + more
+                f"the checkpoint does not fit its quantization_config: {listed}{more}; download both again together"
             )
         self._plain = {name for name in checkpoint.names() if not _is_part(name, roles)}
 

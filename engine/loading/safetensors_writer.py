@@ -13,7 +13,6 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError
 from .checkpoint import INDEX_FILE, SINGLE_FILE
 from .safetensors import TORCH_DTYPES
 
@@ -23,9 +22,9 @@ _NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 
 class FolderWriter:
-    """Collects tensors and writes a shard whenever SHARD_BYTES are together; `finish` names them and writes the index.
+    """Collects tensors and writes a shard whenever `shard_bytes` are together; `finish` names them, writes the index.
 
-    `folder` must exist and hold no weights yet. Raises ConfigError if a file cannot be written.
+    `folder` must exist and hold no weights yet. Raises OSError if a file cannot be written; what was written stays.
     """
 
     def __init__(self, folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
@@ -47,31 +46,19 @@ class FolderWriter:
             self._flush()
         count = len(self._shards)
         names = [SINGLE_FILE] if count == 1 else [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
-        try:
-            for i, name in enumerate(names):
-                os.replace(self._part(i), self._folder / name)
-            if count > 1:
-                weight_map = {tensor: name for name, shard in zip(names, self._shards) for tensor in shard}
-                index = {"metadata": {"total_size": self.num_bytes}, "weight_map": weight_map}
-                (self._folder / INDEX_FILE).write_text(json.dumps(index, indent=1), encoding="utf-8")
-        except OSError as error:
-            raise _cannot_write(self._folder, error) from error
-
-    def discard(self) -> None:
-        """Remove the shards written so far, after a failure."""
-        for i in range(len(self._shards) + 1):
-            self._part(i).unlink(missing_ok=True)
+        for i, name in enumerate(names):
+            os.replace(self._part(i), self._folder / name)
+        if count > 1:
+            weight_map = {tensor: name for name, shard in zip(names, self._shards) for tensor in shard}
+            index = {"metadata": {"total_size": self.num_bytes}, "weight_map": weight_map}
+            (self._folder / INDEX_FILE).write_text(json.dumps(index, indent=1), encoding="utf-8")
 
     def _part(self, index: int) -> Path:
         return self._folder / f"unfinished-{index:05}.part"
 
     def _flush(self) -> None:
-        path = self._part(len(self._shards))
-        try:
-            with open(path, "wb") as file:
-                write_safetensors(file, self._waiting)
-        except OSError as error:
-            raise _cannot_write(path, error) from error
+        with open(self._part(len(self._shards)), "wb") as file:
+            write_safetensors(file, self._waiting)
         self._shards.append(list(self._waiting))
         self._waiting = {}
 
@@ -91,9 +78,3 @@ def write_safetensors(file: BinaryIO, tensors: dict[str, Tensor]) -> None:
     for name in order:
         data = tensors[name].contiguous().reshape(-1).view(torch.uint8)
         file.write(data.numpy().data)
-
-
-def _cannot_write(path: Path, error: OSError) -> ConfigError:
-    return ConfigError(
-        f"{path.name}: cannot be written: {error.strerror or error}; free space or choose another folder"
-    )

@@ -13,7 +13,7 @@ from typing import Protocol, overload
 
 import torch
 
-from ..errors import WeightsError
+from ..errors import ShapeError, WeightsError
 from ..quantization import Weight
 from .strict_json import shown
 
@@ -46,7 +46,7 @@ class WeightSpec:
     target   the model's own name for it
     sources  checkpoint tensors it is made of, in the order in which `consume` gets them (one, or several to fuse)
     shapes   the shape each source must have
-    linear   those of the sources that are matrices of linear layers: they may be quantised
+    linear   those of the sources that are matrices of linear layers, or stacks [E, R, C] of them: they may be quantised
     kept     those of `linear` that quantising on load leaves as they are
     """
 
@@ -94,9 +94,12 @@ class SpecTensors(Sequence[Weight]):
         self._recent.append(name)
         if len(self._recent) > KEPT_PAGES:
             self._checkpoint.release(self._recent.popleft())
-        if self._quantizer is not None and self._spec.is_quantized_on_load(name):
+        if self._quantizer is None or not self._spec.is_quantized_on_load(name):
+            return self._checkpoint.tensor(name).to(self._dtype)
+        try:
             return self._quantizer(self._spec, name).to(self._dtype)
-        return self._checkpoint.tensor(name).to(self._dtype)
+        except ShapeError as error:
+            raise WeightsError(f"{shown(name)}: {error}") from error
 
     def release(self) -> None:
         """Give back the file's pages of everything that was read."""

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..config import DecoderConfig, MoeConfig
 from ..errors import ConfigError, ShapeError
 from ..ops import OpCase, Ops, RopeTable
-from ..quantization import Weight
+from ..quantization import Weight, take_rows
 from ..types import ForwardBatch, KVCacheView
 from .rope import rope_table
 from .weight_map import HEAD_PART, Part, fused_linear_part, linear_part, part, plain, swiglu_shapes, tensor_part
@@ -100,10 +100,21 @@ def stacked_moe_part(target: str, prefix: str, width: int, moe: MoeConfig | None
     }
 
     def pack(ops: Ops, tensors: Sequence[Weight]) -> Any:
-        router, gate_up, down = (plain(tensor) for tensor in tensors)
-        return ops.pack_moe(router, zip(gate_up[:, :inner], gate_up[:, inner:], down), None)
+        gate_up, down = tensors[1], tensors[2]
+        gates = (_rows_of(gate_up, e, experts, 0, inner) for e in range(experts))
+        ups = (_rows_of(gate_up, e, experts, inner, 2 * inner) for e in range(experts))
+        downs = (_rows_of(down, e, experts, 0, width) for e in range(experts))
+        return ops.pack_moe(plain(tensors[0]), zip(gates, ups, downs), None)
 
-    return part(target, shapes, pack)
+    return part(target, shapes, pack, linear=shapes, kept=[f"{prefix}.gate.weight"])
+
+
+def _rows_of(weight: Weight, expert: int, experts: int, start: int, end: int) -> Weight:
+    """Rows of one expert's matrix in a stacked tensor [E, R, C]; quantised on load that is [E * R, C]."""
+    if isinstance(weight, Tensor):
+        return weight[expert, start:end]
+    first = expert * (weight.shape[0] // experts)
+    return take_rows(weight, first + start, first + end)
 
 
 def decoder_cases(config: DecoderConfig, dtype: torch.dtype) -> list[OpCase]:

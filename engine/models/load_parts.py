@@ -44,7 +44,10 @@ def choose_quantizer(source: TensorSource, ops: Ops, quantize_to: QuantizeTo) ->
 
     def quantizer(spec: WeightSpec, name: str) -> Weight:
         weight = source.tensor(name)
-        return ops.quantize(weight, kind_on_load(quantize_to, spec)) if isinstance(weight, Tensor) else weight
+        if not isinstance(weight, Tensor):
+            return weight
+        # Of stacked matrices [E, R, C]: [E * R, C]
+        return ops.quantize(weight.flatten(0, -2), kind_on_load(quantize_to, spec))
 
     return quantizer
 

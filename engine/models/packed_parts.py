@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import WeightsError
-from ..loading.packed import PREFIX, PackedEntry
+from ..loading.packed import PREFIX, Form, PackedEntry
 from ..ops import Ops
 from .weight_map import FusedLinear, Part
 
@@ -66,27 +66,40 @@ def find_fault(part: Part, entries: Sequence[PackedEntry], dtype_code: int) -> s
     layouts = [layout for entry in entries for layout in (*entry.layouts, *entry.shared)]
     if any(layout[2] != dtype_code for layout in layouts):
         return "it was packed for another dtype"
-    form = entries[0].form
+    form = form_of(part)
     if any(entry.form != form for entry in entries) or (len(entries) > 1 and not part.fused):
-        return f"{len(entries)} entries of form {form}"
+        return f"{len(entries)} entries of form {entries[0].form} instead of {form or 'tensors that are not packed'}"
+    has_bias = len(shapes) > len(matrices)
+    if any(layout[3] != has_bias for layout in layouts):
+        return "it has a bias that the model has not, or none"
     found = [(layout[0], layout[1]) for layout in layouts]
     if form == "linear":
-        has_bias = len(shapes) > len(matrices)
-        if any(layout[3] != has_bias for layout in layouts):
-            return "it has a bias that the model has not, or none"
         wanted = (sum(n for n, _ in matrices), matrices[0][1])
         total = (sum(n for n, _ in found), found[0][1])
         return None if total == wanted and all(k == wanted[1] for _, k in found) else f"{total} instead of {wanted}"
-    if form == "swiglu":
-        expected = swiglu_sizes(matrices) if len(matrices) == 3 else []
-        return None if found == expected else f"{found} instead of {expected}"
-    experts, width = matrices[0]
-    expected = swiglu_sizes(matrices[1:4])
-    if len(matrices) > 1 + 3 * experts:
-        expected = expected + swiglu_sizes(matrices[-3:])
-    if entries[0].count != experts or found != expected or found[0][1] != width:
+    experts = 0
+    expected = swiglu_sizes(matrices)
+    if form == "moe":
+        experts = matrices[0][0]
+        expected = swiglu_sizes(matrices[1:4])
+        if len(matrices) > 1 + 3 * experts:
+            expected = expected + swiglu_sizes(matrices[-3:])
+    if entries[0].count != experts or found != expected:
         return f"{entries[0].count} experts of {found} instead of {experts} of {expected}"
     return None
+
+
+def form_of(part: Part) -> Form | None:
+    """How a part is packed, by its matrices: one, or several that are fused; gate, up and down; a router and experts.
+
+    None if it is not. Stacked experts are packed too, but a packed folder holds no stacked ones.
+    """
+    count = len(part.spec.linear)
+    if count == 0 or any(len(shape) == 3 for shape in part.spec.shapes):
+        return None
+    if count == 1 or part.fused:
+        return "linear"
+    return "swiglu" if count == 3 else "moe"
 
 
 def swiglu_sizes(matrices: Sequence[Sizes]) -> list[Sizes]:

@@ -18,11 +18,11 @@ from ..loading.qwen3_config import read_text_config
 from ..loading.renamed import HEAD, prefixed_names, with_prefix
 from ..loading.weights import TensorSource, WeightSpec
 from ..ops import OpCase, Ops
-from ..quantization import Weight
+from ..quantization import Weight, take_rows
 from ..types import ForwardBatch, KVCacheView
 from .decoder import Decoder, decoder_cases, decoder_parts
 from .load_parts import load_parts
-from .weight_map import HEAD_PART, OpenedParts, Part, QuantizeTo, pack_parts, plain
+from .weight_map import HEAD_PART, OpenedParts, Part, QuantizeTo, pack_parts
 
 Stages = Callable[[str, Tensor], None]
 STACKED_EXPERTS = ".mlp.experts.gate_up_proj"
@@ -115,9 +115,13 @@ class TextModel:
         name = "model.embed_tokens.weight" if config.decoder.tie_word_embeddings else f"{HEAD}weight"
         if name not in checkpoint.names() or not all(token < checkpoint.shape(name)[0] for token in tokens):
             return None
-        rows = plain(checkpoint.tensor(name))[list(tokens)].to(dtype).float()
+        head = checkpoint.tensor(name)
+        if isinstance(head, Tensor):
+            rows = head[list(tokens)]
+        else:
+            rows = torch.cat([take_rows(head, token, token + 1).float() for token in tokens])
         checkpoint.release(name)
-        return rows
+        return rows.to(dtype).float()
 
     # ---- forward ---------------------------------------------------------------------------------------------------
     def forward(self, batch: ForwardBatch, kv: KVCacheView, stages: Stages | None = None) -> Tensor:

@@ -60,7 +60,10 @@ def model_class(model_type: str, architectures: Sequence[str] = ()) -> ModelClas
     for name in names:
         if name in MODELS:
             return MODELS[name]
-    raise ConfigError(f"model {', '.join(map(repr, names))} is not implemented; known: {', '.join(MODELS)}")
+    raise ConfigError(
+        f"model {', '.join(map(repr, names))} is not implemented; known: {', '.join(MODELS)}; "
+        "use a checkpoint of one of these"
+    )
 
 
 def class_of(raw: Mapping[str, Any]) -> ModelClass:

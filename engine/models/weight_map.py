@@ -163,7 +163,7 @@ def pack_parts(
         if not isinstance(tensor, Tensor):
             return tensor.to(dtype)
         if quantize_to is not None and spec.target.startswith(QUANTIZED_ON_LOAD) and spec.is_quantized_on_load(name):
-            return ops.quantize(tensor.detach(), kind_on_load(quantize_to, spec)).to(dtype)
+            return ops.quantize(tensor.detach().flatten(0, -2), kind_on_load(quantize_to, spec)).to(dtype)
         return tensor.detach().to(dtype)
 
     return {p.spec.target: p.pack(ops, [taken(p.spec, name) for name in p.spec.sources]) for p in parts}

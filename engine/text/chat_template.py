@@ -80,7 +80,9 @@ class ChatTemplate:
         try:
             text = self._template.run(variables, marks)
         except TemplateFault as fault:
-            raise PromptError(f"{self._label} failed on this conversation: {fault}") from fault
+            raise PromptError(
+                f"{self._label} failed on this conversation: {fault}; change the conversation, or correct the template"
+            ) from fault
         segments = marks.segments(text)
         if add_generation_prompt and not thinking and opens_thinking(segments):
             raise PromptError(f"thinking=False is not possible: {self._label} always opens a think block")

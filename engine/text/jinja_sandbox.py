@@ -56,7 +56,7 @@ class _Budget:
     def step(self) -> None:
         self._steps -= 1
         if self._steps < 0:
-            raise TemplateFault(f"it takes more than the limit of {MAX_STEPS} steps; does it loop?")
+            raise TemplateFault(f"it takes more than the limit of {MAX_STEPS} steps, as one that loops does")
 
     def build(self, num_chars: int) -> None:
         self.step()
@@ -160,6 +160,8 @@ class CompiledTemplate:
                 pieces.append(piece)
         except TemplateFault:
             raise
+        except RecursionError as error:
+            raise TemplateFault("its macros call each other without end, as deep as the limit of recursion") from error
         except Exception as error:
             # A template is a program: it can fail in as many ways as one.
             raise TemplateFault(_sentence(error)) from error

@@ -7,6 +7,7 @@ are drawn at random (nothing is quantised), then written in the format, and mult
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -212,13 +213,38 @@ FORMATS: dict[str, tuple[Build, dict[str, Any]]] = {
 }
 
 
-def make_quantized_checkpoint(folder: Path, fmt: str, model_kind: str = "qwen3", seed: int = 0) -> dict[str, Tensor]:
+class Dice(np.random.Generator):
+    """Random numbers; `permutation` gives the same one for the same `key`, if there is one."""
+
+    key: str | None = None
+
+    def permutation(self, x: Any, axis: int = 0) -> Any:
+        if self.key is None:
+            return super().permutation(x, axis)
+        return np.random.default_rng(zlib.crc32(self.key.encode())).permutation(x, axis)
+
+
+def input_of(name: str) -> str:
+    """The same for matrices that read the same input: a quantiser sorts the inputs of all of them in one way."""
+    for part in ("k_proj", "v_proj"):
+        name = name.replace(part, "q_proj")
+    return name.replace("up_proj", "gate_proj")
+
+
+def make_quantized_checkpoint(
+    folder: Path,
+    fmt: str,
+    model_kind: str = "qwen3",
+    seed: int = 0,
+    order_key: Callable[[str], str] | None = None,
+) -> dict[str, Tensor]:
     """Write a tiny checkpoint whose decoder's linear layers are in a format of FORMATS; all else is bfloat16.
 
+    order_key  act-order: matrices for whose names this is the same have the same order; None: each has its own
     Returns every weight by its name in an unquantised checkpoint (experts one by one), multiplied out in float32.
     """
     build, config = FORMATS[fmt]
-    rng = np.random.default_rng(seed)
+    rng = Dice(np.random.PCG64(seed))
     save(make_oracle(ARCHITECTURES[model_kind], seed), folder)
     stored: dict[str, Tensor] = {}
     meant: dict[str, Tensor] = {}
@@ -227,6 +253,7 @@ def make_quantized_checkpoint(folder: Path, fmt: str, model_kind: str = "qwen3",
             stored[name] = value.to(torch.bfloat16)
             meant[name] = stored[name].float()
             continue
+        rng.key = None if order_key is None else order_key(name)
         parts, meant[name] = build(rng, *value.shape)
         stored |= {f"{name.removesuffix('weight')}{role}": part for role, part in parts.items()}
     save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})

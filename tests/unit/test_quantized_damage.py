@@ -195,7 +195,7 @@ def test_many_faults_are_counted(tmp_path: Path) -> None:
         del tensors[f"m{index:02}.scales"]
     message = refusal(write(tmp_path, "gptq_int4", tensors))
     assert message.count("is missing") == 10
-    assert message.endswith("; and 20 more")
+    assert "; and 20 more; " in message
 
 
 def test_a_matrix_of_absurd_size(tmp_path: Path) -> None:
