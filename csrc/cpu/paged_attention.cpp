@@ -6,6 +6,7 @@
 #include <algorithm>
 
 #include "common/simd.h"
+#include "cpu/attention_bf16_run.h"
 #include "cpu/parallel.h"
 
 namespace pagelens::PAGELENS_ISA {
@@ -235,6 +236,14 @@ int64_t paged_attention(ThreadPool& pool, const AttentionArgs& a) {
       if (block < 0 || block >= a.num_blocks) return s;
     }
   }
+#ifdef PAGELENS_ISA_AVX512_BF16
+  if (a.q.dtype == DType::bf16 && a.head_dim % 32 == 0) {
+    const Bf16Attention attention{a};
+    run_many(pool, attention);
+    run_few(pool, attention);
+    return -1;
+  }
+#endif
   a.q.dtype == DType::f32 ? run<float>(pool, a) : run<bf16>(pool, a);
   return -1;
 }

@@ -509,6 +509,13 @@ SMALL = both(
         )
     ),
     AttentionCase(batch=Paged(((20, 90),)), sharp=30.0),
+    *(
+        AttentionCase(
+            batch=Paged(((1, 300), (2, 129), (0, 0), (140, 257), (1, 1)), block), heads=h, kv_heads=k, head_dim=d
+        )
+        for h, k, d, block in ((3, 3, 64, 16), (4, 2, 128, 32), (6, 2, 64, 7), (8, 1, 96, 16))
+    ),
+    AttentionCase(batch=Paged(((1, 200), (20, 150))), heads=4, kv_heads=2, head_dim=128, sharp=30.0),
     *(SwigluCase(rows=m, width=c, inner=i) for m, c, i in ((0, 32, 16), (1, 192, 192), (37, 193, 99), (3, 7, 5))),
     SwigluCase(rows=9, width=192, inner=96, alias=True),
     *(MoeCase(rows=m, seed=m) for m in (0, 1, 2, 37, 130)),

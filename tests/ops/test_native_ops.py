@@ -141,13 +141,13 @@ def test_a_row_has_the_same_bits_alone_and_in_a_batch(
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=["f32", "bf16"])
-@pytest.mark.parametrize("heads", [(6, 6, 32), (4, 2, 128)], ids=str)
+@pytest.mark.parametrize("heads", [(6, 6, 32), (4, 2, 128), (6, 2, 64), (8, 1, 96), (2, 2, 22)], ids=str)
 def test_attention_does_not_depend_on_the_chunking(
     heads: tuple[int, int, int], dtype: torch.dtype, isa: str, native: NativeOps
 ) -> None:
-    """One prefill of 100 rows, chunks of it, single rows, and a batch with other sequences: the same bits."""
+    """One prefill of 290 rows, chunks of it, single rows, and a batch with other sequences: the same bits."""
     h, k, d = heads
-    case = AttentionCase(batch=Paged(((100, 100),)), heads=h, kv_heads=k, head_dim=d, dtype=dtype)
+    case = AttentionCase(batch=Paged(((290, 290),)), heads=h, kv_heads=k, head_dim=d, dtype=dtype)
     q, keys, values, tables, _, _ = case.tensors()
 
     def attend(ranges: list[tuple[int, int]]) -> list[Tensor]:
@@ -157,23 +157,28 @@ def test_attention_does_not_depend_on_the_chunking(
         out = native.paged_attention(rows, keys, values, tables.repeat(len(ranges), 1), starts, contexts, d**-0.5)
         return list(out.split([b - a for a, b in ranges]))
 
-    whole = attend([(0, 100)])[0]
-    chunkings = ([(0, 40), (40, 41), (41, 100)], [(0, 1), (1, 97), (97, 100)], [(i, i + 1) for i in range(0, 100, 7)])
+    whole = attend([(0, 290)])[0]
+    edges = [(i, i + 1) for i in (0, 31, 32, 127, 128, 129, 255, 256, 289)]
+    chunkings = ([(0, 40), (40, 41), (41, 290)], [(0, 1), (1, 97), (97, 100)], [(126, 130), (253, 257)], edges)
     for ranges in chunkings:
         for (a, b), part in zip(ranges, attend(ranges)):
             assert same_bits(part, whole[a:b]), f"rows {a}..{b} of {ranges}"
             assert same_bits(attend([(a, b)])[0], whole[a:b]), f"rows {a}..{b} alone"
 
 
-def test_attention_never_reads_above_a_rows_own_position(isa: str, native: NativeOps) -> None:
-    """NaN in a later key of the same chunk must not reach an earlier row."""
-    q, keys, values, tables, starts, contexts = AttentionCase(batch=Paged(((40, 40),)), dtype=F32).tensors()
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=["f32", "bf16"])
+@pytest.mark.parametrize("poisoned_key", [34, 35])
+def test_attention_never_reads_above_a_rows_own_position(
+    poisoned_key: int, dtype: torch.dtype, isa: str, native: NativeOps
+) -> None:
+    """NaN in a later key of the same chunk must not reach an earlier row, whether the key pairs with it or not."""
+    q, keys, values, tables, starts, contexts = AttentionCase(batch=Paged(((40, 40),)), dtype=dtype).tensors()
     clean = native.paged_attention(q, keys, values, tables, starts, contexts, 0.2)
-    block, offset = int(tables[0, 35 // 16]), 35 % 16
+    block, offset = int(tables[0, poisoned_key // 16]), poisoned_key % 16
     keys[block, offset], values[block, offset] = torch.nan, torch.nan
     poisoned = native.paged_attention(q, keys, values, tables, starts, contexts, 0.2)
-    assert same_bits(poisoned[:35], clean[:35])
-    assert poisoned[35:].isnan().all()
+    assert same_bits(poisoned[:poisoned_key], clean[:poisoned_key])
+    assert poisoned[poisoned_key:].isnan().all()
 
 
 THREADED = [
@@ -182,6 +187,7 @@ THREADED = [
     SwigluCase(rows=3, width=512, inner=1024, dtype=BF16),
     MoeCase(rows=40, dtype=BF16),
     AttentionCase(batch=Paged(((1, 700), (90, 120))), dtype=BF16),
+    AttentionCase(batch=Paged(((1, 700), (0, 0), (3, 400), (5, 9))), heads=6, kv_heads=3, head_dim=64, dtype=BF16),
 ]
 
 
