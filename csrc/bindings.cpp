@@ -5,6 +5,7 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <functional>
 #include <optional>
 
 #include "common/cpu_features.h"
@@ -37,6 +38,40 @@ auto locked(ThreadPool& pool, F&& f) {
   py::gil_scoped_release release;
   const auto held = pool.lock();
   return f();
+}
+
+// The calls of one decode step, to be made again without Python: same sizes, same addresses, other contents.
+struct Program {
+  ThreadPool* pool;
+  std::vector<std::function<int64_t()>> calls;
+};
+thread_local Program* recording = nullptr;  // takes in the calls of this thread
+
+// Runs a kernel that returns -1 or a bad row, and records it if asked. `f` holds copies: it may outlive the call.
+template <class F>
+int64_t run_op(ThreadPool& pool, F f) {
+  py::gil_scoped_release release;
+  const auto held = pool.lock();
+  if (recording && recording->pool == &pool) recording->calls.push_back(f);
+  return f();
+}
+
+// Index of the first call that found something bad, the last that was made; -1: none did.
+int64_t replay(Program& program) {
+  py::gil_scoped_release release;
+  const auto held = program.pool->lock();
+  for (size_t i = 0; i < program.calls.size(); i++)
+    if (program.calls[i]() >= 0) return static_cast<int64_t>(i);
+  return -1;
+}
+
+void bind_program(py::module_& m) {
+  py::class_<Program>(m, "Program")
+      .def(py::init([](ThreadPool& pool) { return Program{&pool, {}}; }), py::keep_alive<1, 2>())
+      .def("begin", [](Program& self) { recording = &self; })
+      .def("end", [](Program&) { recording = nullptr; })
+      .def("replay", &replay)
+      .def_property_readonly("num_calls", [](const Program& self) { return self.calls.size(); });
 }
 
 using Image = py::array_t<uint8_t, py::array::c_style>;
@@ -116,8 +151,8 @@ const PackedLinear& checked_order(const PackedLinear& packed) {
   if (packed.order)
     for (int64_t i = 0; i < packed.k; i++)
       if (packed.order[i] < 0 || packed.order[i] >= packed.k)
-        throw std::invalid_argument("the order of the inputs names input " + std::to_string(packed.order[i]) +
-                                    " of " + std::to_string(packed.k));
+        throw std::invalid_argument("the order of the inputs names input " + std::to_string(packed.order[i]) + " of " +
+                                    std::to_string(packed.k));
   return packed;
 }
 
@@ -255,16 +290,16 @@ void bind_packing(py::module_& m) {
 void bind_rows(py::module_& m) {
   m.def("embedding", [](ThreadPool& pool, Address ids, const Matrix& table, const Matrix& out) {
     const EmbeddingArgs args{at<int32_t>(ids), rows(table), rows(out)};
-    return locked(pool, [&] { return kernels().embedding(pool, args); });
+    return run_op(pool, [&pool, args] { return kernels().embedding(pool, args); });
   });
   m.def("rms_norm", [](ThreadPool& pool, const Matrix& x, Address weight, float eps, const Matrix& out) {
     const NormArgs args{rows(x), rows(out), at<void>(weight), nullptr, eps};
-    locked(pool, [&] { kernels().rms_norm(pool, args); });
+    run_op(pool, [&pool, args] { return kernels().rms_norm(pool, args), int64_t{-1}; });
   });
   m.def("layer_norm",
         [](ThreadPool& pool, const Matrix& x, Address weight, Address bias, float eps, const Matrix& out) {
           const NormArgs args{rows(x), rows(out), at<void>(weight), at<void>(bias), eps};
-          locked(pool, [&] { kernels().layer_norm(pool, args); });
+          run_op(pool, [&pool, args] { return kernels().layer_norm(pool, args), int64_t{-1}; });
         });
 }
 
@@ -279,7 +314,7 @@ void bind_attention(py::module_& m) {
                               num_heads,        num_kv_heads,           head_dim,
                               at<void>(q_norm), at<void>(k_norm),       eps,
                               rows(out)};
-          return locked(pool, [&] { return kernels().qk_norm_rope_store(pool, args); });
+          return run_op(pool, [&pool, args] { return kernels().qk_norm_rope_store(pool, args); });
         });
   m.def("paged_attention",
         [](ThreadPool& pool, const Matrix& q, Address keys, Address values, int64_t num_blocks, int64_t block_size,
@@ -300,7 +335,7 @@ void bind_attention(py::module_& m) {
                                    at<int32_t>(context_lens),
                                    num_sequences,
                                    scale};
-          return locked(pool, [&] { return kernels().paged_attention(pool, args); });
+          return run_op(pool, [&pool, args] { return kernels().paged_attention(pool, args); });
         });
 }
 
@@ -308,12 +343,12 @@ void bind_products(py::module_& m) {
   m.def("linear", [](ThreadPool& pool, const Matrix& x, const Linear& weight, int activation, const Matrix& residual,
                      const Matrix& out) {
     const LinearArgs args{rows(x), weight.packed, static_cast<Activation>(activation), rows(residual), rows(out)};
-    locked(pool, [&] { kernels().linear(pool, args); });
+    run_op(pool, [&pool, args] { return kernels().linear(pool, args), int64_t{-1}; });
   });
   m.def("swiglu_ffn",
         [](ThreadPool& pool, const Matrix& x, const Swiglu& ffn, const Matrix& residual, const Matrix& out) {
           const SwigluArgs args{rows(x), ffn.packed, rows(residual), rows(out)};
-          locked(pool, [&] { kernels().swiglu_ffn(pool, args); });
+          run_op(pool, [&pool, args] { return kernels().swiglu_ffn(pool, args), int64_t{-1}; });
         });
   m.def("moe_routing", [](ThreadPool& pool, const Matrix& logits, int64_t top_k, bool renormalize, float scale,
                           Address expert_ids, Address weights, Address offsets, Address permutation) {
@@ -344,7 +379,7 @@ void bind_products(py::module_& m) {
   m.def("moe_ffn", [](ThreadPool& pool, const Matrix& x, const Moe& moe, int64_t top_k, bool renormalize, float scale,
                       const Matrix& residual, const Matrix& out) {
     const MoeArgs args{rows(x), moe.packed(), top_k, renormalize, scale, rows(residual), rows(out)};
-    locked(pool, [&] { kernels().moe_ffn(pool, args); });
+    run_op(pool, [&pool, args] { return kernels().moe_ffn(pool, args), int64_t{-1}; });
   });
 }
 
@@ -374,6 +409,7 @@ PYBIND11_MODULE(_native, m) {
       .def("close", &ThreadPool::close, py::call_guard<py::gil_scoped_release>());
 
   m.def("resize_rgb_u8", &resize_rgb_u8, py::arg("src").noconvert(), py::arg("dst_h"), py::arg("dst_w"));
+  bind_program(m);
   bind_packing(m);
   bind_rows(m);
   bind_attention(m);

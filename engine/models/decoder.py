@@ -18,6 +18,7 @@ from ..ops import OpCase, Ops, RopeTable
 from ..quantization import Weight, take_rows
 from ..types import ForwardBatch, KVCacheView
 from .rope import rope_table
+from .step_programs import StepPrograms
 from .weight_map import HEAD_PART, Part, fused_linear_part, linear_part, part, plain, swiglu_shapes, tensor_part
 from .workspace import Workspace
 
@@ -220,6 +221,7 @@ class Decoder:
         self._layers = [DecoderLayer(config, i, packed, ops) for i in range(config.num_layers)]
         self._rope = rope_table(config)
         self._scratch = Workspace(self._embed.device)
+        self._steps = StepPrograms(ops, self._scratch)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -255,6 +257,11 @@ class Decoder:
         """The residual stream [N, C] after the last layer, in scratch memory."""
         if len(kv.keys) != self.config.num_layers or len(kv.values) != self.config.num_layers:
             raise ShapeError(f"the cache has {len(kv.keys)} layers, the model {self.config.num_layers}")
+        if stages is None:
+            return self._steps.run(batch, kv, lambda: self._layers_of(batch, kv, None))
+        return self._layers_of(batch, kv, stages)
+
+    def _layers_of(self, batch: ForwardBatch, kv: KVCacheView, stages: Stages | None) -> Tensor:
         n, width = batch.token_ids.shape[0], self.config.hidden_size
         x = self._scratch.take("x", (n, width), self.dtype)
         self._embed_batch(batch, x)

@@ -18,6 +18,7 @@ class Workspace:
         self._device = device
         self._buffers: dict[tuple[str, torch.dtype], Tensor] = {}
         self._views: dict[tuple[str, torch.dtype], Tensor] = {}
+        self.generation = 0  # changes whenever a buffer moved: addresses taken before are no longer good
 
     def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """An uninitialised contiguous tensor of `shape`. The same name and shape give the same memory."""
@@ -30,6 +31,7 @@ class Workspace:
         if buffer is None or buffer.numel() < count:
             buffer = torch.empty(count, dtype=dtype, device=self._device)
             self._buffers[key] = buffer
+            self.generation += 1
         view = buffer[:count].view(shape)
         self._views[key] = view
         return view

@@ -100,10 +100,26 @@ class Routing:
     permutation: Tensor
 
 
+class Program(Protocol):
+    """Records the ops that this thread calls between `begin` and `end`, and makes the same calls again in one.
+
+    `replay` reads and writes the memory that the recorded calls did; whoever replays knows that it is still there, in
+    the same shapes. It returns -1, or the index of the call that found something bad (an id outside its table), after
+    which it stopped; calling the ops again raises the error.
+    """
+
+    def begin(self) -> None: ...
+    def end(self) -> None: ...
+    def replay(self) -> int: ...
+
+
 class Ops(Protocol):
     """One chosen implementation per op; see the module docstring for the common rules."""
 
     name: str
+
+    def new_program(self) -> Program | None:
+        """A recorder of this backend's calls; None if it cannot record, or runs not all ops of a decoder."""
 
     # ---- packing, once at load -------------------------------------------------------------------------------------
     def quantize(self, weight: Tensor, kind: Literal["int8", "int4"]) -> QuantizedWeight:

@@ -103,6 +103,9 @@ class NativeOps(NativePacking, NativeMapping):
         """End the threads and free the scratch memory. Idempotent."""
         self._pool.close()
 
+    def new_program(self) -> _native.Program:
+        return _native.Program(self._pool)
+
     def supports(self, case: OpCase) -> str | None:
         """None if this case can run, else one sentence that says why not."""
         if case.op not in self.IMPLEMENTED:

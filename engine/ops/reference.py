@@ -137,6 +137,9 @@ class ReferenceOps(ReferenceVisionOps):
             "backend='native', or the checkpoint that it was made from"
         )
 
+    def new_program(self) -> None:
+        """Nothing is recorded."""
+
     # ---- packing ---------------------------------------------------------------------------------------------------
     def pack_linear(self, weight: Weight, bias: Tensor | None = None) -> PackedLinear:
         if weight.ndim != 2 or weight.dtype not in ACTIVATION_DTYPES:

@@ -27,6 +27,15 @@ PACKED_BY = {
     "pack_patch_embed": "patch_embed",
     "pack_conv_downsample": "conv_downsample",
 }
+DECODER_OPS = (
+    "embedding",
+    "linear",
+    "rms_norm",
+    "qk_norm_rope_store",
+    "paged_attention",
+    "swiglu_ffn",
+    "moe_ffn",
+)
 # Each of these reads what another one's backend packed (the shared expert is a swiglu_ffn): one backend for all.
 SAME_BACKEND = ("moe_ffn", "swiglu_ffn", "grouped_gemm")
 
@@ -63,6 +72,9 @@ class OpsTable:
             setattr(self, op, getattr(backend, op))
         for pack, op in PACKED_BY.items():
             setattr(self, pack, getattr(backends[op], pack))
+        # A program holds the calls of one backend: a step that crosses backends cannot be recorded.
+        decoders = {self.backend_of[op] for op in DECODER_OPS}
+        self.new_program = backends["linear"].new_program if len(decoders) == 1 else lambda: None
 
     def explain(self) -> list[OpChoice]:
         """Op by op, every backend: chosen or not, with the reason."""
