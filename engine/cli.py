@@ -1,13 +1,15 @@
-"""The `pagelens` command: read, generate, chat, doctor, modes, bench. Parses arguments; the work is done elsewhere.
+"""The `pagelens` command: read, generate, chat, quantize, doctor, modes, bench. Parses arguments, others do the work.
 
 stdout carries results only (Markdown, or JSON with --json); notes, progress and errors go to stderr. Exit status 0: all
-done; 1: broken pipe; 2: an input or option was refused (other inputs of the call are still done); 130: interrupted.
+done; 1: the output could not be written (a broken pipe, a full disk); 2: an input or option was refused (other inputs
+of the call are still done); 130: interrupted.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import errno
 import json
 import os
 import sys
@@ -18,6 +20,7 @@ from . import __version__
 from .errors import ConfigError, PagelensError
 
 MAX_SIDE = 20_000  # pixels of a page that --size may ask for
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 EXIT_OK, EXIT_PIPE, EXIT_REFUSED, EXIT_INTERRUPTED = 0, 1, 2, 130
 
 
@@ -25,13 +28,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status."""
     args = build_parser().parse_args(argv)
     try:
-        return int(args.run(args))
+        status = int(args.run(args))
+        sys.stdout.flush()
+        return status
     except PagelensError as error:
         return complain(str(error))
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except BrokenPipeError:
         discard_stdout()
+        return EXIT_PIPE
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        discard_stdout()
+        complain(f"the output cannot be written: {error.strerror}")
         return EXIT_PIPE
 
 
@@ -54,7 +65,7 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = OneLineParser(prog="pagelens", description="Read page images as Markdown.")
+    parser = OneLineParser(prog="pagelens", description="Read page images as Markdown, and run text models.")
     parser.add_argument("--version", action="version", version=f"pagelens {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
