@@ -113,7 +113,10 @@ def build_parser() -> argparse.ArgumentParser:
     quantize.add_argument("source", metavar="SRC", help="checkpoint folder or hub id")
     quantize.add_argument("target", metavar="DST", help="new or empty folder")
     quantize.add_argument(
-        "--weights", default="int8", choices=("int8", "int4", "auto"), help="auto: packed as the checkpoint has them"
+        "--weights",
+        default="int8",
+        choices=("int8", "int4", "auto"),
+        help="default: int8; auto: packed as the checkpoint has them",
     )
     quantize.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
     quantize.add_argument("--threads", type=int, help="threads that pack; default: one a physical core")
@@ -127,22 +130,26 @@ def build_parser() -> argparse.ArgumentParser:
 
     modes = commands.add_parser("modes", help="list page modes and what a page costs in each")
     modes.add_argument("--model", help="checkpoint folder or hub id; default: the published DeepSeek-OCR")
-    modes.add_argument("--size", default="1240x1754", help="width x height of the page in pixels")
+    modes.add_argument("--size", default="1240x1754", help="width x height of the page in pixels; default: 1240x1754")
     modes.set_defaults(run=run_modes)
 
     bench = commands.add_parser("bench", help="time one page by stage, or a text model, with peak memory")
     add_engine_options(bench)
-    bench.add_argument("--tokens", type=int, default=32, help="tokens to decode (the end mark is ignored)")
+    bench.add_argument("--tokens", type=int, default=32, help="tokens to decode (the end mark is ignored); default: 32")
     page = bench.add_argument_group("page models")
     page.add_argument("--image", metavar="FILE", help="page to read; default: a generated one of --size")
-    page.add_argument("--size", default="1240x1754", help="width x height of the generated page")
+    page.add_argument("--size", default="1240x1754", help="width x height of the generated page; default: 1240x1754")
     page.add_argument("--mode", help="as for read")
     page.add_argument("--max-crops", type=int, help="as for read")
     text = bench.add_argument_group("text models")
-    text.add_argument("--prompt-tokens", type=int, default=512, help="prompt of the prefill that is timed")
-    text.add_argument("--repeats", type=int, default=3, help="prefills; the median counts")
-    text.add_argument("--depth", default="0,512", metavar="N,N", help="tokens in the cache before decoding is timed")
-    text.add_argument("--batch", default="1", metavar="N,N", help="sequences decoded together")
+    text.add_argument(
+        "--prompt-tokens", type=int, default=512, help="prompt of the prefill that is timed; default: 512"
+    )
+    text.add_argument("--repeats", type=int, default=3, help="prefills; the median counts; default: 3")
+    text.add_argument(
+        "--depth", default="0,512", metavar="N,N", help="tokens in the cache before decoding is timed; default: 0,512"
+    )
+    text.add_argument("--batch", default="1", metavar="N,N", help="sequences decoded together; default: 1")
     bench.set_defaults(run=run_bench)
     return parser
 
@@ -159,7 +166,10 @@ def add_engine_options(parser: argparse.ArgumentParser, needs_model: bool = Fals
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
     parser.add_argument("--backend", default="auto", choices=("auto", "reference", "native"))
     parser.add_argument(
-        "--weights", default="auto", choices=("auto", "int8", "int4"), help="quantise the decoder as it is read"
+        "--weights",
+        default="auto",
+        choices=("auto", "int8", "int4"),
+        help="quantise the decoder as it is read; auto: not",
     )
     parser.add_argument("--threads", type=int, help="threads of the native kernels; default: one a physical core")
     parser.add_argument(
