@@ -98,7 +98,8 @@ def _show(stream: ChatStream, as_json: bool) -> RequestOutput:
     except KeyboardInterrupt:
         stream.cancel()
         output = stream.result()
-        _write(PLAIN + "\n" if sys.stdout.isatty() else "\n")
+        if not as_json:
+            _write(PLAIN + "\n" if sys.stdout.isatty() else "\n")
     if as_json:
         answer = output.outputs[0]
         calls = [{"name": call.name, "arguments": call.arguments} for call in answer.tool_calls]

@@ -1,13 +1,15 @@
-"""The `pagelens` command: read, generate, chat, doctor, modes, bench. Parses arguments; the work is done elsewhere.
+"""The `pagelens` command: read, generate, chat, quantize, doctor, modes, bench. Parses arguments, others do the work.
 
 stdout carries results only (Markdown, or JSON with --json); notes, progress and errors go to stderr. Exit status 0: all
-done; 1: broken pipe; 2: an input or option was refused (other inputs of the call are still done); 130: interrupted.
+done; 1: the output could not be written (a broken pipe, a full disk); 2: an input or option was refused (other inputs
+of the call are still done); 130: interrupted.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import errno
 import json
 import os
 import sys
@@ -18,6 +20,7 @@ from . import __version__
 from .errors import ConfigError, PagelensError
 
 MAX_SIDE = 20_000  # pixels of a page that --size may ask for
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 EXIT_OK, EXIT_PIPE, EXIT_REFUSED, EXIT_INTERRUPTED = 0, 1, 2, 130
 
 
@@ -25,13 +28,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status."""
     args = build_parser().parse_args(argv)
     try:
-        return int(args.run(args))
+        status = int(args.run(args))
+        sys.stdout.flush()
+        return status
     except PagelensError as error:
         return complain(str(error))
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except BrokenPipeError:
         discard_stdout()
+        return EXIT_PIPE
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        discard_stdout()
+        complain(f"the output cannot be written: {error.strerror}")
         return EXIT_PIPE
 
 
@@ -54,7 +65,7 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = OneLineParser(prog="pagelens", description="Read page images as Markdown.")
+    parser = OneLineParser(prog="pagelens", description="Read page images as Markdown, and run text models.")
     parser.add_argument("--version", action="version", version=f"pagelens {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -102,7 +113,10 @@ def build_parser() -> argparse.ArgumentParser:
     quantize.add_argument("source", metavar="SRC", help="checkpoint folder or hub id")
     quantize.add_argument("target", metavar="DST", help="new or empty folder")
     quantize.add_argument(
-        "--weights", default="int8", choices=("int8", "int4", "auto"), help="auto: packed as the checkpoint has them"
+        "--weights",
+        default="int8",
+        choices=("int8", "int4", "auto"),
+        help="default: int8; auto: packed as the checkpoint has them",
     )
     quantize.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
     quantize.add_argument("--threads", type=int, help="threads that pack; default: one a physical core")
@@ -116,22 +130,26 @@ def build_parser() -> argparse.ArgumentParser:
 
     modes = commands.add_parser("modes", help="list page modes and what a page costs in each")
     modes.add_argument("--model", help="checkpoint folder or hub id; default: the published DeepSeek-OCR")
-    modes.add_argument("--size", default="1240x1754", help="width x height of the page in pixels")
+    modes.add_argument("--size", default="1240x1754", help="width x height of the page in pixels; default: 1240x1754")
     modes.set_defaults(run=run_modes)
 
     bench = commands.add_parser("bench", help="time one page by stage, or a text model, with peak memory")
     add_engine_options(bench)
-    bench.add_argument("--tokens", type=int, default=32, help="tokens to decode (the end mark is ignored)")
+    bench.add_argument("--tokens", type=int, default=32, help="tokens to decode (the end mark is ignored); default: 32")
     page = bench.add_argument_group("page models")
     page.add_argument("--image", metavar="FILE", help="page to read; default: a generated one of --size")
-    page.add_argument("--size", default="1240x1754", help="width x height of the generated page")
+    page.add_argument("--size", default="1240x1754", help="width x height of the generated page; default: 1240x1754")
     page.add_argument("--mode", help="as for read")
     page.add_argument("--max-crops", type=int, help="as for read")
     text = bench.add_argument_group("text models")
-    text.add_argument("--prompt-tokens", type=int, default=512, help="prompt of the prefill that is timed")
-    text.add_argument("--repeats", type=int, default=3, help="prefills; the median counts")
-    text.add_argument("--depth", default="0,512", metavar="N,N", help="tokens in the cache before decoding is timed")
-    text.add_argument("--batch", default="1", metavar="N,N", help="sequences decoded together")
+    text.add_argument(
+        "--prompt-tokens", type=int, default=512, help="prompt of the prefill that is timed; default: 512"
+    )
+    text.add_argument("--repeats", type=int, default=3, help="prefills; the median counts; default: 3")
+    text.add_argument(
+        "--depth", default="0,512", metavar="N,N", help="tokens in the cache before decoding is timed; default: 0,512"
+    )
+    text.add_argument("--batch", default="1", metavar="N,N", help="sequences decoded together; default: 1")
     bench.set_defaults(run=run_bench)
     return parser
 
@@ -148,7 +166,10 @@ def add_engine_options(parser: argparse.ArgumentParser, needs_model: bool = Fals
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
     parser.add_argument("--backend", default="auto", choices=("auto", "reference", "native"))
     parser.add_argument(
-        "--weights", default="auto", choices=("auto", "int8", "int4"), help="quantise the decoder as it is read"
+        "--weights",
+        default="auto",
+        choices=("auto", "int8", "int4"),
+        help="quantise the decoder as it is read; auto: not",
     )
     parser.add_argument("--threads", type=int, help="threads of the native kernels; default: one a physical core")
     parser.add_argument(

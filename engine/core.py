@@ -260,9 +260,10 @@ def check_weights_option(weights: str, source: TensorSource, dtype: torch.dtype)
         return
     folder = source.folder
     if weights not in ("auto", folder.weights) or DTYPES[folder.dtype] != dtype:
+        asked = str(dtype).removeprefix("torch.")
         raise ConfigError(
             f"the folder was packed with weights={folder.weights!r} for dtype={folder.dtype!r}, not with "
-            f"weights={weights!r} for {dtype}; leave both at 'auto', or quantise the original checkpoint again"
+            f"weights={weights!r} for dtype={asked!r}; leave both at 'auto', or quantise the original checkpoint again"
         )
 
 

@@ -439,6 +439,10 @@ def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
 def _as_params(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
     if params is None or isinstance(params, SamplingParams):
         return [params or SamplingParams()] * count
+    if isinstance(params, Mapping):
+        raise ConfigError(
+            "sampling params must be SamplingParams, not a mapping; SamplingParams.from_mapping makes them"
+        )
     listed = list(params)
     if len(listed) != count:
         raise PromptError(f"{len(listed)} sampling params were given for {count} prompts; give one, or one for each")

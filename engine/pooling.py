@@ -160,6 +160,12 @@ class Judge:
     @classmethod
     def open(cls, tokenizer: Tokenizer, rows: Tensor | None, has_head: bool) -> Judge:
         """rows: None where the model was loaded without them. Raises ConfigError that says why there are none."""
+        lacking = next((token for token in _CONTROL_TOKENS if tokenizer.token_id(token) is None), None)
+        if lacking is not None:
+            raise ConfigError(
+                f"rerank asks in the prompt of Qwen3-Reranker, and this tokenizer lacks its token {lacking!r}; "
+                "use a reranking model"
+            )
         if rows is not None:
             return cls(rows)
         if find_judges(tokenizer) is None:

@@ -15,6 +15,7 @@ from helpers.text_models import make_oracle, save
 
 from pagelens import chat_command
 from pagelens.cli import main
+from pagelens.types import RequestOutput
 
 THOUGHT = "<think>\nGreet \x1b[31mback.\n</think>\n\n"
 
@@ -97,6 +98,24 @@ def test_an_interrupted_answer_stays_in_the_conversation(
     assert printed[1] == "\n", "nothing more of that answer"
     assert "".join(printed).endswith("Bye\n")
     assert "ended by 'abort'" in capsys.readouterr().err
+
+
+def test_an_interrupted_answer_is_one_line_of_json(
+    say: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = chat_command.ChatStream.result
+    calls: list[chat_command.ChatStream] = []
+
+    def interrupt(stream: chat_command.ChatStream) -> RequestOutput:
+        calls.append(stream)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        return result(stream)
+
+    monkeypatch.setattr(chat_command.ChatStream, "result", interrupt)
+    assert say([" ".join(str(number) for number in range(800))], ["Hi"], "--json") == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    assert json.loads(line)["finish_reason"] == "abort"
 
 
 @pytest.fixture(scope="module")

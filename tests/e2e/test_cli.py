@@ -208,6 +208,14 @@ def test_modes_prints_the_token_counts_of_the_readme(capsys: pytest.CaptureFixtu
     assert main(["modes", "--size", "wide"]) == 2
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no /dev/full")
+def test_a_full_disk_gets_one_line() -> None:
+    result = run_command("$PAGELENS modes > /dev/full; echo $?")
+    assert result.stdout.strip() == "1"
+    assert result.stderr.startswith("pagelens: the output cannot be written: No space left")
+    assert len(result.stderr.splitlines()) == 1
+
+
 def test_bench_prints_stages_and_a_json_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "--size", "200x150", "--tokens", "6"]) == 0
     out = capsys.readouterr().out

@@ -274,6 +274,8 @@ def test_bad_prompts_raise_before_anything_runs_and_name_their_index() -> None:
             llm.submit([6] * 20, SamplingParams())
         with pytest.raises(PromptError, match="2 sampling params were given for 1 prompts"):
             llm.generate([[4]], [params(), params()])
+        with pytest.raises(ConfigError, match=r"not a mapping; SamplingParams\.from_mapping"):
+            llm.generate([[4]], {"max_tokens": 3})  # type: ignore[arg-type]
         with pytest.raises(PromptError, match="prompt 0: this model's folder has no tokenizer"):
             llm.generate(["text"], params())
     assert model.passes == []

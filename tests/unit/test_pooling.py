@@ -133,6 +133,8 @@ def test_a_model_that_cannot_judge_says_why(tokenizer: Tokenizer, tmp_path: Path
 def test_a_tokenizer_without_the_templates_tokens(tokenizer: Tokenizer, tmp_path: Path) -> None:
     text = (tokenizer._path).read_text(encoding="utf-8").replace("<|im_end|>", "<|other|>")
     (tmp_path / "tokenizer.json").write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"lacks its token '<\|im_end\|>'; use a reranking model"):
+        Judge.open(Tokenizer(tmp_path), None, has_head=True)
     with pytest.raises(WeightsError, match=r"no token '<\|im_end\|>', which the model needs"):
         encode_pairs(Tokenizer(tmp_path), "q", ["d"], None)
 
