@@ -62,7 +62,14 @@ class Engine:
         kv = allocate(decoder, dtype, num_blocks, config.block_size)
         pool = BlockPool(num_blocks, config.block_size)
         cache = PrefixCache(pool) if config.prefix_cache else None
-        self.scheduler = Scheduler(pool, config.max_num_seqs, config.max_batch_tokens, self.max_model_len, cache)
+        self.scheduler = Scheduler(
+            pool,
+            config.max_num_seqs,
+            config.max_batch_tokens,
+            self.max_model_len,
+            cache,
+            decoder.max_position_embeddings,
+        )
         self.runner = Runner(model, kv)
         max_blocks = min(num_blocks, pool.num_needed(self.max_model_len))
         self.batches = BatchBuilder(
@@ -286,6 +293,10 @@ def build_engine(config: EngineConfig) -> Engine:
     network = class_of(description.config)
     model_config = network.read_config(description.config, description.generation)
     dtype = DTYPES[model_config.torch_dtype if config.dtype == "auto" else config.dtype]
+    # Before the weights are read: what cannot be should not take minutes to say.
+    plan_num_blocks(
+        config, model_config.decoder, dtype, resolve_max_model_len(config, model_config.decoder.max_position_embeddings)
+    )
     folder = description.folder
     tokenizer = Tokenizer(folder) if folder and (folder / "tokenizer.json").is_file() else None
     quantize_to = None if config.weights == "auto" else config.weights

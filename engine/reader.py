@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from .config import ProcessorConfig
+from .doctor import reads_pages
 from .documents.page import MarkdownStream, Page, Usage, build_page
 from .errors import ConfigError, PromptError
 from .handle import RequestHandle
@@ -116,10 +117,14 @@ class Reader:
 
     model    folder or hub id of a DeepSeek-OCR checkpoint; None = the small built-in reader
     options  those of LLM (dtype, backend, num_threads, max_num_seqs, ...); an unknown one is a ConfigError
+    Raises ConfigError for a text model, before its weights are read.
     """
 
     def __init__(self, model: str | Path | None = None, **options: Any) -> None:
         self.is_builtin = model is None
+        named = str(model.expanduser().absolute()) if isinstance(model, Path) else model
+        if named is not None and not reads_pages(named, options.get("random_weights", False) is not False):
+            raise ConfigError(f"{model}: a text model reads no pages; use LLM, or name a DeepSeek-OCR checkpoint")
         self.llm = LLM(builtin_model() if model is None else model, **options)
 
     @property

@@ -34,12 +34,16 @@ class Scheduler:
         max_batch_tokens: int,
         max_model_len: int,
         cache: PrefixCache | None = None,
+        model_limit: int | None = None,
     ) -> None:
+        """model_limit: positions that the model has, for errors; None: not known."""
         self.pool = pool
         self.cache = cache
         self.max_num_seqs = max_num_seqs
         self.max_batch_tokens = max_batch_tokens
         self.max_model_len = max_model_len
+        # An option that is at its limit is no remedy.
+        self._length_remedy = "" if max_model_len == model_limit else " or raise max_model_len"
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.num_preemptions = 0
@@ -55,29 +59,26 @@ class Scheduler:
         Reads only what never changes, so any thread may call it. Raises CapacityError if the request can never fit.
         """
         cache_tokens = self.pool.num_blocks * self.pool.block_size
-        limit, name, option = self.max_model_len, "max_model_len is", "max_model_len"
+        limit, name, remedy = self.max_model_len, "max_model_len is", self._length_remedy
         if max_tokens == 0:
             if cache_tokens < limit:
-                limit, name, option = cache_tokens, "the KV-cache has room for", "kv_cache_bytes"
+                limit, name, remedy = cache_tokens, "the KV-cache has room for", " or raise kv_cache_bytes"
             if num_prompt_tokens > limit:
-                raise CapacityError(
-                    f"the text has {num_prompt_tokens} tokens but {name} {limit}; shorten it or raise {option}"
-                )
+                raise CapacityError(f"the text has {num_prompt_tokens} tokens but {name} {limit}; shorten it{remedy}")
             return 0
         # The last token of an answer is never fed back, so it needs no place in the cache.
         if cache_tokens + 1 < limit:
-            limit, name, option = cache_tokens + 1, "the KV-cache has room for", "kv_cache_bytes"
+            limit, name, remedy = cache_tokens + 1, "the KV-cache has room for", " or raise kv_cache_bytes"
         if num_prompt_tokens >= limit:
             raise CapacityError(
                 f"prompt has {num_prompt_tokens} tokens but {name} {limit}, which leaves no room for an answer; "
-                f"shorten the prompt or raise {option}"
+                f"shorten the prompt{remedy}"
             )
         if max_tokens is None:
             return limit - num_prompt_tokens
         if num_prompt_tokens + max_tokens > limit:
             raise CapacityError(
-                f"prompt needs {num_prompt_tokens} + {max_tokens} tokens but {name} {limit}; "
-                f"lower max_tokens or raise {option}"
+                f"prompt needs {num_prompt_tokens} + {max_tokens} tokens but {name} {limit}; lower max_tokens{remedy}"
             )
         return max_tokens
 

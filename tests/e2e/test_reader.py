@@ -8,9 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.text_models import make_oracle, save
 from PIL import Image
 
-from pagelens import PagelensError, Reader, SamplingParams
+from pagelens import LLM, PagelensError, Reader, SamplingParams
 from pagelens.config import ProcessorConfig
 from pagelens.errors import ConfigError, PromptError
 from pagelens.reader import DEFAULT_PROMPT, default_prompt, with_image_mark
@@ -94,3 +95,17 @@ def test_unknown_mode_and_option(reader: Reader) -> None:
         reader.read(FILES[0], mode="tiny")
     with pytest.raises(ConfigError, match="colour"):
         Reader(colour="red")
+
+
+def test_a_text_model_is_refused_before_its_weights_are_read(tmp_path: Path) -> None:
+    folder = save(make_oracle("Qwen3ForCausalLM"), tmp_path)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ConfigError, match=r"a text model reads no pages; use LLM, or name a DeepSeek-OCR checkpoint"):
+        Reader(folder)
+
+
+def test_a_length_that_cannot_be_is_refused_before_the_weights_are_read(tmp_path: Path) -> None:
+    folder = save(make_oracle("Qwen3ForCausalLM"), tmp_path)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ConfigError, match=r"max_model_len=10000000 is above the model's limit of \d+ positions"):
+        LLM(folder, max_model_len=10_000_000)
