@@ -1,8 +1,8 @@
 """Decode steps recorded once and replayed as one native call.
 
-A step of a 28-layer model is about 230 calls of ops, and Python takes a few microseconds for each: a tenth of a step with
-4-bit weights. A step with the same number of sequences makes the same calls with the same sizes at the same addresses;
-only what lies there differs.
+A step of a 28-layer model is about 230 calls of ops, and Python takes a few microseconds for each: a tenth of a step
+with 4-bit weights. A step with the same number of sequences makes the same calls with the same sizes at the same
+addresses; only what lies there differs.
 """
 
 from __future__ import annotations
