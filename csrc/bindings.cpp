@@ -116,8 +116,8 @@ const PackedLinear& checked_order(const PackedLinear& packed) {
   if (packed.order)
     for (int64_t i = 0; i < packed.k; i++)
       if (packed.order[i] < 0 || packed.order[i] >= packed.k)
-        throw std::invalid_argument("the order of the inputs names input " + std::to_string(packed.order[i]) +
-                                    " of " + std::to_string(packed.k));
+        throw std::invalid_argument("the order of the inputs names input " + std::to_string(packed.order[i]) + " of " +
+                                    std::to_string(packed.k));
   return packed;
 }
 
@@ -304,6 +304,16 @@ void bind_attention(py::module_& m) {
         });
 }
 
+void bind_vision(py::module_& m) {
+  m.def("window_attention", [](ThreadPool& pool, const Matrix& qkv, int64_t batch, int64_t grid_rows, int64_t grid_cols,
+                               int64_t window_rows, int64_t window_cols, int64_t num_heads, int64_t head_dim,
+                               Address pad, Address rel_h, Address rel_w, const Matrix& out) {
+    const WindowAttentionArgs args{rows(qkv),   rows(out), batch,    grid_rows,     grid_cols,        window_rows,
+                                   window_cols, num_heads, head_dim, at<void>(pad), at<float>(rel_h), at<float>(rel_w)};
+    locked(pool, [&] { kernels().window_attention(pool, args); });
+  });
+}
+
 void bind_products(py::module_& m) {
   m.def("linear", [](ThreadPool& pool, const Matrix& x, const Linear& weight, int activation, const Matrix& residual,
                      const Matrix& out) {
@@ -378,4 +388,5 @@ PYBIND11_MODULE(_native, m) {
   bind_rows(m);
   bind_attention(m);
   bind_products(m);
+  bind_vision(m);
 }

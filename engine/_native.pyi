@@ -98,6 +98,22 @@ def paged_attention(
     out: Matrix,
     /,
 ) -> int: ...
+def window_attention(
+    pool: ThreadPool,
+    qkv: Matrix,
+    batch: int,
+    grid_rows: int,
+    grid_cols: int,
+    window_rows: int,
+    window_cols: int,
+    num_heads: int,
+    head_dim: int,
+    pad: int,
+    rel_h: int,
+    rel_w: int,
+    out: Matrix,
+    /,
+) -> None: ...
 def linear(pool: ThreadPool, x: Matrix, weight: Linear, activation: int, residual: Matrix, out: Matrix, /) -> None: ...
 def swiglu_ffn(pool: ThreadPool, x: Matrix, ffn: Swiglu, residual: Matrix, out: Matrix, /) -> None: ...
 def moe_routing(

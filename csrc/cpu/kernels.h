@@ -117,6 +117,16 @@ struct AttentionArgs {
   float scale;
 };
 
+// Attention in the windows of a grid; with a grid and a window of one row it is plain attention over a sequence.
+struct WindowAttentionArgs {
+  Rows qkv, out;  // [batch * grid_rows * grid_cols, 3 * heads * head_dim] q | k | v, and one third as wide
+  int64_t batch, grid_rows, grid_cols;
+  int64_t window_rows, window_cols;
+  int64_t num_heads, head_dim;
+  const void* pad;             // [3 * heads * head_dim], what a position outside the grid holds
+  const float *rel_h, *rel_w;  // [2 * window_rows - 1, head_dim], [2 * window_cols - 1, head_dim], or null
+};
+
 struct SwigluArgs {
   Rows x;
   PackedSwiglu ffn;
@@ -175,6 +185,7 @@ struct KernelTable {
   void (*moe_routing)(ThreadPool&, const RoutingArgs&);
   int64_t (*grouped_gemm)(ThreadPool&, const GroupedArgs&);
   void (*moe_ffn)(ThreadPool&, const MoeArgs&);
+  void (*window_attention)(ThreadPool&, const WindowAttentionArgs&);
   int64_t (*quantize)(ThreadPool&, const QuantizeArgs&);
   void (*resize_rgb_u8)(const uint8_t*, int64_t, int64_t, uint8_t*, int64_t, int64_t);
 };
@@ -201,6 +212,7 @@ void swiglu_ffn(ThreadPool& pool, const SwigluArgs& args);
 void moe_routing(ThreadPool& pool, const RoutingArgs& args);
 int64_t grouped_gemm(ThreadPool& pool, const GroupedArgs& args);
 void moe_ffn(ThreadPool& pool, const MoeArgs& args);
+void window_attention(ThreadPool& pool, const WindowAttentionArgs& args);
 int64_t quantize(ThreadPool& pool, const QuantizeArgs& args);
 
 // RGB bytes [src_h, src_w, 3] -> [dst_h, dst_w, 3], both contiguous: exactly Pillow's bicubic resize (before version
