@@ -81,6 +81,36 @@ PAGELENS_INLINE ProductFn product_fn(int rows) {
   return product<kPairs, kind, R, V>;
 }
 
+// W rows of `words` words, `pitch` apart, as columns: to[i * L + r] = from[r * pitch + i]. Whole vectors are read and
+// written: `from` has words up to a multiple of W, and `to` rows for them.
+PAGELENS_INLINE void transpose_rows(const uint32_t* from, int64_t pitch, int64_t words, uint32_t* to, int64_t L) {
+#if defined(PAGELENS_ISA_AVX512) || defined(PAGELENS_ISA_AVX512_BF16)
+  for (int64_t i = 0; i < words; i += 16) {
+    __m512i r[16], t[16];
+    PAGELENS_UNROLL for (int j = 0; j < 16; j++) r[j] = _mm512_loadu_si512(from + j * pitch + i);
+    PAGELENS_UNROLL for (int j = 0; j < 16; j += 2) {
+      t[j] = _mm512_unpacklo_epi32(r[j], r[j + 1]);
+      t[j + 1] = _mm512_unpackhi_epi32(r[j], r[j + 1]);
+    }
+    PAGELENS_UNROLL for (int j = 0; j < 16; j += 4) PAGELENS_UNROLL for (int h = 0; h < 2; h++) {
+      r[j + 2 * h] = _mm512_unpacklo_epi64(t[j + h], t[j + 2 + h]);
+      r[j + 2 * h + 1] = _mm512_unpackhi_epi64(t[j + h], t[j + 2 + h]);
+    }
+    PAGELENS_UNROLL for (int j = 0; j < 4; j++) {
+      const __m512i a = _mm512_shuffle_i32x4(r[j], r[4 + j], 0x88), b = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], 0x88);
+      const __m512i c = _mm512_shuffle_i32x4(r[j], r[4 + j], 0xdd), d = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], 0xdd);
+      _mm512_storeu_si512(to + (i + j) * L, _mm512_shuffle_i32x4(a, b, 0x88));
+      _mm512_storeu_si512(to + (i + j + 4) * L, _mm512_shuffle_i32x4(c, d, 0x88));
+      _mm512_storeu_si512(to + (i + j + 8) * L, _mm512_shuffle_i32x4(a, b, 0xdd));
+      _mm512_storeu_si512(to + (i + j + 12) * L, _mm512_shuffle_i32x4(c, d, 0xdd));
+    }
+  }
+#else
+  for (int64_t i = 0; i < words; i++)
+    for (int r = 0; r < W; r++) to[i * L + r] = from[r * pitch + i];
+#endif
+}
+
 // 2^x for the weights of pairs, which keep 8 bits: relative error below 7.6e-5.
 PAGELENS_INLINE vf exp2_8bit(vf x) {
 #ifdef PAGELENS_ISA_AVX512_BF16

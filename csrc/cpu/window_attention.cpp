@@ -49,8 +49,8 @@ struct Attention {
   // Scratch of one thread; every part starts on a line of 64 bytes.
   struct Scratch {
     uint32_t *key, *value;  // [keys][words], [keys / kWord][dim]
-    uint32_t* q;            // [words][lanes]
-    uint32_t* row;          // [words]
+    uint32_t* q;            // [pitch][lanes]
+    uint32_t* rows;         // [W][pitch]: some queries
     float *rel_h, *rel_w;   // [window_rows][lanes] in units of the exponent, [cols][lanes] in units of a score
     float* table;           // [2 * side - 1 + window][lanes]: a table's products before each lane takes its own
     float* scores;          // [kKeysATile][lanes]
@@ -66,8 +66,8 @@ struct Attention {
     };
     take(s.key, keys * words);
     take(s.value, keys / kWord * dim);
-    take(s.q, words * kMaxLanes);
-    take(s.row, words);
+    take(s.q, pitch() * kMaxLanes);
+    take(s.rows, W * pitch());
     take(s.rel_h, a.window_rows * kMaxLanes);
     take(s.rel_w, cols * kMaxLanes);
     take(s.table, (2 * side - 1) * kMaxLanes);
@@ -79,6 +79,8 @@ struct Attention {
     take(s.factor, kMaxLanes);
     return at;
   }
+
+  int64_t pitch() const { return round_up(words, W); }
 
   // One head in one window.
   struct Problem {
@@ -110,10 +112,23 @@ struct Attention {
     return static_cast<const T*>(a.qkv.data) + grid_row(p, row, col) * a.qkv.stride + at;
   }
 
+  // The next head's part of a row: a head's rows are short runs, each on a page of its own, which the hardware does not
+  // fetch ahead.
+  void prefetch_next(const T* from) const {
+    const char* next = reinterpret_cast<const char*>(from + a.head_dim);
+    for (int64_t i = 0; i < a.head_dim * static_cast<int64_t>(sizeof(T)); i += 64) __builtin_prefetch(next + i, 0, 2);
+  }
+
   void load_words(const T* from, uint32_t* to) const {
+    prefetch_next(from);
     if constexpr (kPairs) {
+      int64_t i = 0;
+      for (; 2 * (i + W) <= a.head_dim; i += W) {
+        const vu pairs = load_as<vu>(from + 2 * i);
+        std::memcpy(to + i, &pairs, sizeof pairs);
+      }
       if (a.head_dim % 2) to[words - 1] = 0;
-      std::memcpy(to, from, a.head_dim * sizeof(T));
+      if (2 * i < a.head_dim) std::memcpy(to + i, from + 2 * i, (a.head_dim - 2 * i) * sizeof(T));
     } else {
       widen_row(from, reinterpret_cast<float*>(to), a.head_dim);
     }
@@ -126,11 +141,15 @@ struct Attention {
   }
 
   // `odd` may be null.
-  void load_values(const T* even, const T* odd, uint32_t* to) const {
+  void load_values(const T* even, const T* odd, uint32_t* __restrict to) const {
+    prefetch_next(even);
+    if (odd) prefetch_next(odd);
     if constexpr (kPairs) {
-      for (int64_t i = 0; i < a.head_dim; i++) to[i] = even[i];
-      if (odd)
-        for (int64_t i = 0; i < a.head_dim; i++) to[i] |= static_cast<uint32_t>(odd[i]) << 16;
+      if (odd) {
+        for (int64_t i = 0; i < a.head_dim; i++) to[i] = even[i] | static_cast<uint32_t>(odd[i]) << 16;
+      } else {
+        for (int64_t i = 0; i < a.head_dim; i++) to[i] = even[i];
+      }
     } else {
       widen_row(even, reinterpret_cast<float*>(to), a.head_dim);
     }
@@ -169,9 +188,10 @@ struct Attention {
 
   template <int V>
   void load_queries(const Problem& p, const Lanes<V>& lanes, const Scratch& s) const {
-    for (int64_t lane = 0; lane < V * W; lane++) {
-      load_words(source(p, lanes.row[lane], lanes.col[lane], 0), s.row);
-      for (int64_t i = 0; i < words; i++) s.q[i * V * W + lane] = s.row[i];
+    for (int64_t lane = 0; lane < V * W; lane += W) {
+      for (int64_t i = 0; i < W; i++)
+        load_words(source(p, lanes.row[lane + i], lanes.col[lane + i], 0), s.rows + i * pitch());
+      transpose_rows(s.rows, pitch(), words, s.q + lane, V * W);
     }
   }
 
@@ -203,10 +223,12 @@ struct Attention {
     constexpr int L = V * W;
     for (int64_t d = 0; d < dim; d += kValueWidth) {
       const float* value = reinterpret_cast<const float*>(s.value) + first / kWord * dim + d;
-      for (int lane = 0; lane < L; lane += kQueriesATile) {
+      constexpr int kTiles = (L + kQueriesATile - 1) / kQueriesATile;
+      for (int t = 0; t < kTiles; t++) {
+        const int lane = L * t / kTiles, n = L * (t + 1) / kTiles - lane;
         float* o = s.o + lane * dim + d;
-        product_fn<kPairs, Product::values, kQueriesATile, kValueVectors>(std::min(kQueriesATile, L - lane))(
-            s.p + lane, L, value, dim, count / kWord, begin ? nullptr : o, o);
+        product_fn<kPairs, Product::values, kQueriesATile, kValueVectors>(n)(s.p + lane, L, value, dim, count / kWord,
+                                                                             begin ? nullptr : o, o);
       }
     }
   }
