@@ -114,6 +114,32 @@ def window_attention(
     out: Matrix,
     /,
 ) -> None: ...
+def patch_embed(
+    pool: ThreadPool,
+    pixels: int,
+    batch: int,
+    channels: int,
+    height: int,
+    width: int,
+    patch: int,
+    weight: Linear,
+    out: Matrix,
+    /,
+) -> None: ...
+def conv_downsample(
+    pool: ThreadPool,
+    x: Matrix,
+    batch: int,
+    grid: int,
+    conv1: Linear,
+    conv2: Linear,
+    down1: Linear,
+    down2: Linear,
+    norms: tuple[int, int, int, int],
+    eps: float,
+    out: Matrix,
+    /,
+) -> None: ...
 def linear(pool: ThreadPool, x: Matrix, weight: Linear, activation: int, residual: Matrix, out: Matrix, /) -> None: ...
 def swiglu_ffn(pool: ThreadPool, x: Matrix, ffn: Swiglu, residual: Matrix, out: Matrix, /) -> None: ...
 def moe_routing(

@@ -14,7 +14,7 @@ from ..errors import ConfigError, EngineClosedError, ShapeError, UnsupportedErro
 from . import Activation, OpCase, RopeTable, Routing
 from .mapping import NativeMapping
 from .native_vision import NativeVision
-from .packing import DTYPES, NativePacking, PackedLinear, PackedMoe, PackedSwiglu, refuse, vector
+from .packing import DTYPES, PackedLinear, PackedMoe, PackedSwiglu, refuse, vector
 from .threads import MAX_THREADS, default_num_threads
 
 _ACTIVATIONS = {None: 0, "gelu": 1, "quick_gelu": 2, "silu": 3}
@@ -58,7 +58,7 @@ def _rows(op: str, name: str, x: Tensor) -> Tensor:
     return x.view(-1, x.shape[-1]) if x.numel() else x.view(0, x.shape[-1])
 
 
-class NativeOps(NativePacking, NativeMapping, NativeVision):
+class NativeOps(NativeVision, NativeMapping):
     """The ops of IMPLEMENTED, as ops/__init__.py describes them. `num_threads` None: one a physical core.
 
     Raises UnsupportedError if PAGELENS_CPU_ISA asks for an instruction set that cannot be used here, ConfigError for a
@@ -81,6 +81,8 @@ class NativeOps(NativePacking, NativeMapping, NativeVision):
             "moe_ffn",
             "window_attention",
             "attention",
+            "patch_embed",
+            "conv_downsample",
         }
     )
 
