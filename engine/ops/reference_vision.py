@@ -45,7 +45,7 @@ def split_heads(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def join_heads(x: Tensor, num_heads: int) -> Tensor:
     """[B*heads, T, D] -> [B, T, C]."""
-    return x.unflatten(0, (x.shape[0] // num_heads, num_heads)).transpose(1, 2).flatten(2)
+    return x.view(x.shape[0] // num_heads, num_heads, *x.shape[1:]).transpose(1, 2).flatten(2)
 
 
 def softmax_in_place(scores: Tensor) -> Tensor:

@@ -138,10 +138,10 @@ class PatchEmbedCase(Case):
 
 @dataclass(frozen=True)
 class ConvDownsampleCase(Case):
-    """The result of each stage may be rounded to bfloat16 on the way. Each of the three roundings is noise of up to 2^-9
-    of a value, which a convolution of unit gain passes on as such noise: sqrt(3) * 2^-9 / sqrt(3) of a typical value,
-    five times that in the worst of a million, where the largest is five times the typical one too: 2^-8 would do, 2^-7
-    also covers results of a few hundred values.
+    """The result of a stage may be rounded to bfloat16 on the way: three times noise of up to 2^-9 of a value, which a
+    convolution of unit gain passes on as such noise. Together it is 2^-9 of a typical value, five times that in the
+    worst of a million, where the largest value is five times the typical one too: 2^-8 would do there, and 2^-7 also
+    covers results of a few hundred values.
     """
 
     op: ClassVar[str] = "conv_downsample"
