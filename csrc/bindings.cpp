@@ -339,6 +339,32 @@ void bind_attention(py::module_& m) {
         });
 }
 
+void bind_window_attention(py::module_& m) {
+  m.def("window_attention", [](ThreadPool& pool, const Matrix& qkv, int64_t batch, int64_t grid_rows, int64_t grid_cols,
+                               int64_t window_rows, int64_t window_cols, int64_t num_heads, int64_t head_dim,
+                               Address pad, Address rel_h, Address rel_w, const Matrix& out) {
+    const WindowAttentionArgs args{rows(qkv),   rows(out), batch,    grid_rows,     grid_cols,        window_rows,
+                                   window_cols, num_heads, head_dim, at<void>(pad), at<float>(rel_h), at<float>(rel_w)};
+    locked(pool, [&] { kernels().window_attention(pool, args); });
+  });
+}
+
+void bind_convolutions(py::module_& m) {
+  m.def("patch_embed", [](ThreadPool& pool, Address pixels, int64_t batch, int64_t channels, int64_t height,
+                          int64_t width, int64_t patch, const Linear& weight, const Matrix& out) {
+    const PatchEmbedArgs args{at<void>(pixels), batch, channels, height, width, patch, weight.packed, rows(out)};
+    locked(pool, [&] { kernels().patch_embed(pool, args); });
+  });
+  m.def("conv_downsample", [](ThreadPool& pool, const Matrix& x, int64_t batch, int64_t grid, const Linear& conv1,
+                              const Linear& conv2, const Linear& down1, const Linear& down2,
+                              const std::array<Address, 4>& norms, float eps, const Matrix& out) {
+    const PackedNeck neck{conv1.packed,        conv2.packed,        down1.packed,        down2.packed,
+                          at<float>(norms[0]), at<float>(norms[1]), at<float>(norms[2]), at<float>(norms[3])};
+    const ConvDownsampleArgs args{rows(x), batch, grid, neck, eps, rows(out)};
+    locked(pool, [&] { kernels().conv_downsample(pool, args); });
+  });
+}
+
 void bind_products(py::module_& m) {
   m.def("linear", [](ThreadPool& pool, const Matrix& x, const Linear& weight, int activation, const Matrix& residual,
                      const Matrix& out) {
@@ -414,4 +440,6 @@ PYBIND11_MODULE(_native, m) {
   bind_rows(m);
   bind_attention(m);
   bind_products(m);
+  bind_window_attention(m);
+  bind_convolutions(m);
 }

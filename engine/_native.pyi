@@ -108,6 +108,48 @@ def paged_attention(
     out: Matrix,
     /,
 ) -> int: ...
+def window_attention(
+    pool: ThreadPool,
+    qkv: Matrix,
+    batch: int,
+    grid_rows: int,
+    grid_cols: int,
+    window_rows: int,
+    window_cols: int,
+    num_heads: int,
+    head_dim: int,
+    pad: int,
+    rel_h: int,
+    rel_w: int,
+    out: Matrix,
+    /,
+) -> None: ...
+def patch_embed(
+    pool: ThreadPool,
+    pixels: int,
+    batch: int,
+    channels: int,
+    height: int,
+    width: int,
+    patch: int,
+    weight: Linear,
+    out: Matrix,
+    /,
+) -> None: ...
+def conv_downsample(
+    pool: ThreadPool,
+    x: Matrix,
+    batch: int,
+    grid: int,
+    conv1: Linear,
+    conv2: Linear,
+    down1: Linear,
+    down2: Linear,
+    norms: tuple[int, int, int, int],
+    eps: float,
+    out: Matrix,
+    /,
+) -> None: ...
 def linear(pool: ThreadPool, x: Matrix, weight: Linear, activation: int, residual: Matrix, out: Matrix, /) -> None: ...
 def swiglu_ffn(pool: ThreadPool, x: Matrix, ffn: Swiglu, residual: Matrix, out: Matrix, /) -> None: ...
 def moe_routing(

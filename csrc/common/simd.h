@@ -139,6 +139,19 @@ PAGELENS_INLINE float largest_lane(vf x) {
   return lane[0];
 }
 
+// Whether any lane of a comparison is true.
+PAGELENS_INLINE bool any_lane(vi x) {
+#if defined(PAGELENS_ISA_AVX512) || defined(PAGELENS_ISA_AVX512_BF16)
+  return _mm512_test_epi32_mask((__m512i)x, (__m512i)x) != 0;
+#elif defined(PAGELENS_ISA_AVX2)
+  return _mm256_movemask_ps((__m256)x) != 0;
+#else
+  int32_t all = 0;
+  for (int i = 0; i < W; i++) all |= x[i];
+  return all != 0;
+#endif
+}
+
 PAGELENS_INLINE float sum_of_squares(const float* x, int64_t n) {
   vf total = vf{};
   int64_t i = 0;

@@ -7,6 +7,7 @@
 
 #include "common/thread_pool.h"
 #include "cpu/quantized_few.h"
+#include "cpu/taps.h"
 #include "cpu/tile.h"
 
 namespace pagelens::PAGELENS_ISA {
@@ -60,13 +61,14 @@ PAGELENS_INLINE void pack_row_pairs(const bf16* x, int64_t k, int R, uint32_t* t
   if (k % 2) to[k / 2 * R] = x[k - 1];
 }
 
+// sides: what quantised rows want beside, or the memory of one gathered row.
 PAGELENS_INLINE void pack_tile(const Source& x, const PackedLinear& w, int64_t row, int R, uint32_t* to, float* sides) {
   if (w.quantized()) {
     pack_quantized_tile(x, w, row, R, to, sides);
     return;
   }
   for (int r = 0; r < R; r++) {
-    const void* from = x.row(row + r);
+    const void* from = x.taps ? gather_row(*x.taps, row + r, sides) : x.row(row + r);
     if (kBf16Dot && w.dtype == DType::bf16) {
       pack_row_pairs(static_cast<const bf16*>(from), w.k, R, to + r);
       continue;
@@ -85,6 +87,7 @@ PAGELENS_INLINE void pack_tile(const Source& x, const PackedLinear& w, int64_t r
 PAGELENS_INLINE bool lies_packed(const Source& x, const PackedLinear& w) {
   if (w.quantized())
     return !w.order && !side_floats(w) && w.k % 8 == 0 && x.dtype == w.dtype && tile_dtype(w) == w.dtype;
+  if (x.taps) return false;
   return w.dtype == DType::f32 ? x.dtype == DType::f32 : kBf16Dot && w.k % 2 == 0;
 }
 
@@ -113,15 +116,16 @@ inline void run_block(const Problem& p, const Block& b, const uint32_t* a, float
 template <class BlockAt, class Epilogue>
 inline void gemm(ThreadPool& pool, const Problem* problems, int64_t num_problems, int64_t blocks, BlockAt&& at,
                  Epilogue&& epilogue) {
-  int64_t words = 0, rows = 0, sides = 0;
+  int64_t words = 0, rows = 0, sides = 0, gathered = 0;
   for (int64_t i = 0; i < num_problems; i++) {
     words = std::max(words, words_a_row(problems[i].weight));
     sides = std::max(sides, side_floats(problems[i].weight));
     rows = std::max(rows, std::min(problems[i].rows, kMaxBlockRows));
+    if (problems[i].x.taps) gathered = std::max(gathered, problems[i].weight.k);
   }
   const auto line = [](int64_t floats) { return (floats + 15) / 16 * 16; };
   // Of each thread: packed rows, what a quantised weight wants of them beside, sums, scratch of a quantised block.
-  const int64_t side_at = line(rows * words), sums_at = side_at + line(rows * sides);
+  const int64_t side_at = line(rows * words), sums_at = side_at + line(std::max(rows * sides, gathered));
   const int64_t sum_floats = std::max(rows * kPanel * kMaxBlockPanels, quantized_scratch(rows));
   pool.reserve_local(static_cast<size_t>(sums_at + sum_floats) * 4);
   struct Packed {

@@ -117,6 +117,38 @@ struct AttentionArgs {
   float scale;
 };
 
+// Attention in the windows of a grid; with a grid and a window of one row it is plain attention over a sequence.
+struct WindowAttentionArgs {
+  Rows qkv, out;  // [batch * grid_rows * grid_cols, 3 * heads * head_dim] q | k | v, and one third as wide
+  int64_t batch, grid_rows, grid_cols;
+  int64_t window_rows, window_cols;
+  int64_t num_heads, head_dim;
+  const void* pad;             // [3 * heads * head_dim], what a position outside the grid holds
+  const float *rel_h, *rel_w;  // [2 * window_rows - 1, head_dim], [2 * window_cols - 1, head_dim], or null
+};
+
+// Patches without overlap: pixels [batch, channels, height, width] contiguous, weight [n, channels * patch * patch].
+struct PatchEmbedArgs {
+  const void* pixels;
+  int64_t batch, channels, height, width, patch;
+  PackedLinear weight;  // with bias, of the pixels' dtype
+  Rows out;             // [batch * (height / patch) * (width / patch), n]
+};
+
+// A convolution's weight is [n, kernel row, kernel column, channel]. The norms are float32.
+struct PackedNeck {
+  PackedLinear conv1, conv2, down1, down2;
+  const float *norm1_weight, *norm1_bias, *norm2_weight, *norm2_bias;
+};
+
+struct ConvDownsampleArgs {
+  Rows x;  // [batch * grid * grid, channels]
+  int64_t batch, grid;
+  PackedNeck neck;
+  float eps;
+  Rows out;  // [batch * q * q, n of down2], q = grid halved twice, rounded up
+};
+
 struct SwigluArgs {
   Rows x;
   PackedSwiglu ffn;
@@ -175,6 +207,9 @@ struct KernelTable {
   void (*moe_routing)(ThreadPool&, const RoutingArgs&);
   int64_t (*grouped_gemm)(ThreadPool&, const GroupedArgs&);
   void (*moe_ffn)(ThreadPool&, const MoeArgs&);
+  void (*window_attention)(ThreadPool&, const WindowAttentionArgs&);
+  void (*patch_embed)(ThreadPool&, const PatchEmbedArgs&);
+  void (*conv_downsample)(ThreadPool&, const ConvDownsampleArgs&);
   int64_t (*quantize)(ThreadPool&, const QuantizeArgs&);
   void (*resize_rgb_u8)(const uint8_t*, int64_t, int64_t, uint8_t*, int64_t, int64_t);
 };
@@ -201,6 +236,9 @@ void swiglu_ffn(ThreadPool& pool, const SwigluArgs& args);
 void moe_routing(ThreadPool& pool, const RoutingArgs& args);
 int64_t grouped_gemm(ThreadPool& pool, const GroupedArgs& args);
 void moe_ffn(ThreadPool& pool, const MoeArgs& args);
+void window_attention(ThreadPool& pool, const WindowAttentionArgs& args);
+void patch_embed(ThreadPool& pool, const PatchEmbedArgs& args);
+void conv_downsample(ThreadPool& pool, const ConvDownsampleArgs& args);
 int64_t quantize(ThreadPool& pool, const QuantizeArgs& args);
 
 // RGB bytes [src_h, src_w, 3] -> [dst_h, dst_w, 3], both contiguous: exactly Pillow's bicubic resize (before version

@@ -48,4 +48,23 @@ inline void finish_linear(const LinearArgs& a, int64_t row, int count, int64_t p
   }
 }
 
+// The layer on rows from `source`; of args.x only the number of rows and the dtype count.
+inline void linear_of(ThreadPool& pool, const Source& source, const LinearArgs& args) {
+  const Problem problem{source, args.weight, args.x.rows};
+  const Cut c = cut(problem);
+  gemm(
+      pool, &problem, 1, c.count(), [&](int64_t i) { return block_at(problem, c, 0, i); },
+      [&](const Block&, int64_t row, int count, int64_t panel, const float* sums) {
+        finish_linear(args, row, count, panel, sums);
+      });
+}
+
+// The same on the rows that `taps` gathers, without activation or residual.
+inline void convolve(ThreadPool& pool, const Taps& taps, const PackedLinear& weight, const Rows& out) {
+  Source source;
+  source.dtype = taps.dtype;
+  source.taps = &taps;
+  linear_of(pool, source, {{nullptr, out.rows, weight.k, 0, taps.dtype}, weight, Activation::none, {}, out});
+}
+
 }  // namespace pagelens::PAGELENS_ISA

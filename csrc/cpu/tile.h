@@ -38,13 +38,15 @@ PAGELENS_INLINE int64_t words_a_row(const PackedLinear& w) {
 using TileFn = void (*)(const void* a, const void* w, int64_t groups, float* acc, bool first);
 TileFn tile_fn(DType weight_dtype, int rows);  // 1 <= rows <= kMaxTileRows
 
-// Rows of a matrix, or those that `index` names: row i is base + (index ? index[i] / divisor : i) * stride.
+// Rows of a matrix, or those that `index` names: row i is base + (index ? index[i] / divisor : i) * stride. With `taps`
+// there is no matrix: a row is gathered when a tile is packed (cpu/taps.h).
 struct Source {
   const void* data = nullptr;
   int64_t stride = 0;
   DType dtype = DType::f32;
   const int32_t* index = nullptr;
   int64_t divisor = 1;
+  const struct Taps* taps = nullptr;
 
   const void* row(int64_t i) const {
     const int64_t at = (index ? index[i] / divisor : i) * stride;

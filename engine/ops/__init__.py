@@ -10,7 +10,8 @@ Common rules:
 - A weight of a linear layer may be quantised (QuantizedWeight): it then counts as the exact matrix W of its definition,
   and where its format quantises activations, x is first rounded by `quantize_input`, row by row. Products are summed
   in float32.
-- Batch invariance (native): a row's result has the same bits whatever other rows are in the call.
+- Batch invariance (native): a row's result has the same bits whatever other rows are in the call. For the vision ops a
+  row is a view.
 - Errors: ShapeError if shapes or dtypes break the contract.
 """
 
@@ -262,13 +263,18 @@ class Ops(Protocol):
         qkv [B, G, G, 3*C] laid out q | k | v, each C = num_heads*D. The grid is padded at bottom and right to a
         multiple of the window; a padded position has q|k|v = pad_qkv [3*C] (the qkv bias) and takes part unmasked.
         rel_h, rel_w [2*w-1, D] float32 tables (w = window, or G). logits = q.k/sqrt(D) + q.rel_h[i_q-i_k+w-1]
-        + q.rel_w[j_q-j_k+w-1], q unscaled in both terms. Returns [B, G, G, C].
+        + q.rel_w[j_q-j_k+w-1], q unscaled in both terms. In bfloat16 the weights of the softmax may be rounded to
+        bfloat16 before they meet v (their sum is not). Returns [B, G, G, C].
         """
 
     def attention(self, qkv: Tensor, num_heads: int) -> Tensor:
-        """Bidirectional attention.  qkv [B, T, 3*C] laid out q | k | v, scale 1/sqrt(D) -> [B, T, C]."""
+        """Bidirectional attention.  qkv [B, T, 3*C] laid out q | k | v, scale 1/sqrt(D) -> [B, T, C].
+
+        In bfloat16 the weights of the softmax may be rounded, as in window_attention.
+        """
 
     def conv_downsample(self, x: Tensor, neck: Any, eps: float) -> Tensor:
         """SAM neck and two stride-2 convolutions: conv1x1, LayerNorm over channels, conv3x3 pad 1, LayerNorm,
-        conv3x3 stride 2 pad 1, conv3x3 stride 2 pad 1; no activation.  x [B, G, G, C] -> [B, G/4, G/4, F3].
+        conv3x3 stride 2 pad 1, conv3x3 stride 2 pad 1; no activation.  x [B, G, G, C] -> [B, G/4, G/4, F3]. In bfloat16
+        the results of the norms and of the third convolution may be rounded on the way.
         """

@@ -13,7 +13,8 @@ from .. import _native
 from ..errors import ConfigError, EngineClosedError, ShapeError, UnsupportedError
 from . import Activation, OpCase, RopeTable, Routing
 from .mapping import NativeMapping
-from .packing import DTYPES, NativePacking, PackedLinear, PackedMoe, PackedSwiglu, refuse, vector
+from .native_vision import NativeVision
+from .packing import DTYPES, PackedLinear, PackedMoe, PackedSwiglu, refuse, vector
 from .threads import MAX_THREADS, default_num_threads
 
 _ACTIVATIONS = {None: 0, "gelu": 1, "quick_gelu": 2, "silu": 3}
@@ -57,7 +58,7 @@ def _rows(op: str, name: str, x: Tensor) -> Tensor:
     return x.view(-1, x.shape[-1]) if x.numel() else x.view(0, x.shape[-1])
 
 
-class NativeOps(NativePacking, NativeMapping):
+class NativeOps(NativeVision, NativeMapping):
     """The ops of IMPLEMENTED, as ops/__init__.py describes them. `num_threads` None: one a physical core.
 
     Raises UnsupportedError if PAGELENS_CPU_ISA asks for an instruction set that cannot be used here, ConfigError for a
@@ -78,6 +79,10 @@ class NativeOps(NativePacking, NativeMapping):
             "moe_routing",
             "grouped_gemm",
             "moe_ffn",
+            "window_attention",
+            "attention",
+            "patch_embed",
+            "conv_downsample",
         }
     )
 

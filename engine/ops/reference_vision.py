@@ -43,9 +43,9 @@ def split_heads(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
     return q, k, v
 
 
-def join_heads(x: Tensor, batch: int) -> Tensor:
+def join_heads(x: Tensor, num_heads: int) -> Tensor:
     """[B*heads, T, D] -> [B, T, C]."""
-    return x.view(batch, -1, *x.shape[1:]).transpose(1, 2).flatten(2)
+    return x.view(x.shape[0] // num_heads, num_heads, *x.shape[1:]).transpose(1, 2).flatten(2)
 
 
 def softmax_in_place(scores: Tensor) -> Tensor:
@@ -106,7 +106,7 @@ class ReferenceVisionOps:
     @staticmethod
     def _grid_attention(qkv: Tensor, rows_h: Tensor, rows_w: Tensor, num_heads: int) -> Tensor:
         """qkv [windows, size*size, 3*C] -> [windows, size*size, C], a few windows, heads or grid rows at a time."""
-        windows, tokens, _ = qkv.shape
+        tokens = qkv.shape[1]
         size = rows_h.shape[0]
         q, k, v = split_heads(qkv, num_heads)
         seen = torch.empty_like(q)
@@ -125,14 +125,14 @@ class ReferenceVisionOps:
                 grid += bias_h[..., :, None]
                 grid += bias_w[..., None, :]
                 seen[items, part] = torch.bmm(softmax_in_place(scores), v[items])
-        return join_heads(seen, windows).to(qkv.dtype)
+        return join_heads(seen, num_heads).to(qkv.dtype)
 
     def attention(self, qkv: Tensor, num_heads: int) -> Tensor:
         if qkv.ndim != 3 or qkv.shape[2] % (3 * num_heads):
             raise ShapeError(f"attention: qkv must be [B, T, 3*C], C a multiple of {num_heads}, got {list(qkv.shape)}")
         q, k, v = split_heads(qkv, num_heads)
         scores = torch.bmm(q * q.shape[-1] ** -0.5, k.transpose(1, 2))
-        return join_heads(torch.bmm(softmax_in_place(scores), v), qkv.shape[0]).to(qkv.dtype)
+        return join_heads(torch.bmm(softmax_in_place(scores), v), num_heads).to(qkv.dtype)
 
     def conv_downsample(self, x: Tensor, neck: PackedConvDownsample, eps: float) -> Tensor:
         def norm(y: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

@@ -374,7 +374,7 @@ def test_supports_says_why_not(native: NativeOps) -> None:
     assert native.supports(OpCase("linear", BF16, (("in_features", 7),))) is None
     assert "float16" in str(native.supports(OpCase("linear", torch.float16)))
     assert "head_dim" in str(native.supports(OpCase("paged_attention", F32, (("head_dim", 7),))))
-    assert "attention" in str(native.supports(OpCase("attention", F32)))
+    assert native.supports(OpCase("window_attention", BF16, (("head_dim", 64),))) is None
 
 
 def test_scratch_memory_stops_growing_and_is_freed() -> None:

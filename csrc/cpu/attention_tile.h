@@ -1,0 +1,188 @@
+// The products and the softmax of window_attention, on tiles with queries in the lanes.
+//
+// Everything is made of 4-byte words, as in cpu/tile.h: a word is one float, or (kPairs) two bfloat16 that one
+// instruction multiplies and adds. Of keys and queries the two are neighbours in a row; of values, two keys.
+#pragma once
+#include "common/simd.h"
+
+namespace pagelens::PAGELENS_ISA {
+
+#if defined(PAGELENS_ISA_AVX512) || defined(PAGELENS_ISA_AVX512_BF16)
+constexpr int kKeysATile = 8;     // x 3 vectors of queries: 24 accumulators
+constexpr int kQueryVectors = 3;  // at most, in a block of queries
+constexpr int kQueriesATile = 6;  // x 4 vectors of values
+constexpr int kValueVectors = 4;
+#else
+constexpr int kKeysATile = 4;
+constexpr int kQueryVectors = 2;
+constexpr int kQueriesATile = 4;
+constexpr int kValueVectors = 2;
+#endif
+
+// The unit of the softmax's exponent: pairs use powers of two, whose exponential is the cheaper one.
+template <bool kPairs>
+constexpr float kExponentUnit = kPairs ? 1.44269504f : 1.0f;
+
+// Asm for the reasons given in cpu/tile.cpp.
+template <bool kPairs>
+PAGELENS_INLINE void multiply_add(vf& c, vf x, vf b) {
+#if defined(PAGELENS_ISA_AVX512) || defined(PAGELENS_ISA_AVX512_BF16)
+  #ifdef PAGELENS_ISA_AVX512_BF16
+  if (kPairs) {
+    asm("vdpbf16ps %2, %1, %0" : "+v"(c) : "v"(x), "v"(b));
+    return;
+  }
+  #endif
+  asm("vfmadd231ps %2, %1, %0" : "+v"(c) : "v"(x), "v"(b));
+#elif defined(PAGELENS_ISA_AVX2)
+  asm("vfmadd231ps %2, %1, %0" : "+x"(c) : "x"(x), "x"(b));
+#else
+  c = fma(x, b, c);
+#endif
+}
+
+// Two products of R rows with V vectors, out[r] = (init[r] or 0) + sum over i < n of a(r, i) * b[i]:
+// scores  a(r, i) = a[r * stride + i]; rows of b, init and out are V vectors apart
+// values  a(r, i) = a[r + i * stride]; they are `width` apart
+// A leaf that is never inlined: inside larger code GCC 12 spills the accumulators.
+enum class Product { scores, values };
+
+template <bool kPairs, Product kind, int R, int V>
+__attribute__((noinline)) void product(const uint32_t* a, int64_t stride, const float* b, int64_t width, int64_t n,
+                                       const float* init, float* out) {
+  constexpr bool kScores = kind == Product::scores;
+  const int64_t a_row = kScores ? stride : 1, a_step = kScores ? 1 : stride, ld = kScores ? V * W : width;
+  vf c[R][V];
+  if (init) {
+    PAGELENS_UNROLL for (int r = 0; r < R; r++) PAGELENS_UNROLL for (int v = 0; v < V; v++) c[r][v] =
+        load(init + r * ld + v * W);
+  } else {
+    PAGELENS_UNROLL for (int r = 0; r < R; r++) PAGELENS_UNROLL for (int v = 0; v < V; v++) c[r][v] = vf{};
+  }
+  for (int64_t i = 0; i < n; i++, a += a_step, b += ld) {
+    vf x[V];
+    PAGELENS_UNROLL for (int v = 0; v < V; v++) x[v] = load(b + v * W);
+    PAGELENS_UNROLL for (int r = 0; r < R; r++) {
+      const vf y = (vf)splat_bits(load_as<uint32_t>(a + r * a_row));
+      PAGELENS_UNROLL for (int v = 0; v < V; v++) multiply_add<kPairs>(c[r][v], y, x[v]);
+    }
+  }
+  PAGELENS_UNROLL for (int r = 0; r < R; r++) PAGELENS_UNROLL for (int v = 0; v < V; v++)
+      store(out + r * ld + v * W, c[r][v]);
+}
+
+using ProductFn = void (*)(const uint32_t*, int64_t, const float*, int64_t, int64_t, const float*, float*);
+
+template <bool kPairs, Product kind, int R, int V>
+PAGELENS_INLINE ProductFn product_fn(int rows) {
+  if constexpr (R > 1) {
+    if (rows != R) return product_fn<kPairs, kind, R - 1, V>(rows);
+  }
+  return product<kPairs, kind, R, V>;
+}
+
+// W rows of `words` words, `pitch` apart, as columns: to[i * L + r] = from[r * pitch + i]. Whole vectors are read and
+// written: `from` has words up to a multiple of W, and `to` rows for them.
+PAGELENS_INLINE void transpose_rows(const uint32_t* from, int64_t pitch, int64_t words, uint32_t* to, int64_t L) {
+#if defined(PAGELENS_ISA_AVX512) || defined(PAGELENS_ISA_AVX512_BF16)
+  for (int64_t i = 0; i < words; i += 16) {
+    __m512i r[16], t[16];
+    PAGELENS_UNROLL for (int j = 0; j < 16; j++) r[j] = _mm512_loadu_si512(from + j * pitch + i);
+    PAGELENS_UNROLL for (int j = 0; j < 16; j += 2) {
+      t[j] = _mm512_unpacklo_epi32(r[j], r[j + 1]);
+      t[j + 1] = _mm512_unpackhi_epi32(r[j], r[j + 1]);
+    }
+    PAGELENS_UNROLL for (int j = 0; j < 16; j += 4) PAGELENS_UNROLL for (int h = 0; h < 2; h++) {
+      r[j + 2 * h] = _mm512_unpacklo_epi64(t[j + h], t[j + 2 + h]);
+      r[j + 2 * h + 1] = _mm512_unpackhi_epi64(t[j + h], t[j + 2 + h]);
+    }
+    PAGELENS_UNROLL for (int j = 0; j < 4; j++) {
+      const __m512i a = _mm512_shuffle_i32x4(r[j], r[4 + j], 0x88), b = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], 0x88);
+      const __m512i c = _mm512_shuffle_i32x4(r[j], r[4 + j], 0xdd), d = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], 0xdd);
+      _mm512_storeu_si512(to + (i + j) * L, _mm512_shuffle_i32x4(a, b, 0x88));
+      _mm512_storeu_si512(to + (i + j + 4) * L, _mm512_shuffle_i32x4(c, d, 0x88));
+      _mm512_storeu_si512(to + (i + j + 8) * L, _mm512_shuffle_i32x4(a, b, 0xdd));
+      _mm512_storeu_si512(to + (i + j + 12) * L, _mm512_shuffle_i32x4(c, d, 0xdd));
+    }
+  }
+#else
+  for (int64_t i = 0; i < words; i++)
+    for (int r = 0; r < W; r++) to[i * L + r] = from[r * pitch + i];
+#endif
+}
+
+// 2^x for the weights of pairs, which keep 8 bits: relative error below 7.6e-5.
+PAGELENS_INLINE vf exp2_8bit(vf x) {
+#ifdef PAGELENS_ISA_AVX512_BF16
+  // f = x - floor(x); a minimax fit of 2^f on 0..1
+  const vf f = (vf)_mm512_reduce_ps((__m512)x, 1);
+  vf p = fma(f, splat(0.0780244585f), splat(0.226067247f));
+  p = fma(p, f, splat(0.695833509f));
+  p = fma(p, f, splat(0.99992522f));
+  return (vf)_mm512_scalef_ps((__m512)p, (__m512)x);
+#else
+  return x;
+#endif
+}
+
+// Two vectors of weights as bfloat16 pairs, `even` in the low halves.
+PAGELENS_INLINE vu pair_up(vf even, [[maybe_unused]] vf odd) {
+#ifdef PAGELENS_ISA_AVX512_BF16
+  alignas(64) static const uint16_t order[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh((__m512)odd, (__m512)even);
+  return (vu)_mm512_permutexvar_epi16(_mm512_load_si512(order), halves);
+#else
+  return (vu)even;
+#endif
+}
+
+// scores: [keys][V vectors]. The exponents are scores * scale + offset. Raises `top` of the lanes whose largest
+// exponent exceeds it by more than `slack`; returns whether any did, and `factor`, e^(old top - new top).
+template <bool kPairs, int V>
+__attribute__((noinline)) bool raise_top(const float* scores, int keys, float scale, const float* offset, float slack,
+                                         float* top, float* factor) {
+  vf reached[V];
+  bool any = false;
+  PAGELENS_UNROLL for (int v = 0; v < V; v++) {
+    vf most = load(scores + v * W);
+    for (int r = 1; r < keys; r++) most = larger(load(scores + (r * V + v) * W), most);
+    reached[v] = fma(most, splat(scale), load(offset + v * W));
+    any |= any_lane(reached[v] > load(top + v * W) + slack);
+  }
+  if (!any) return false;
+  for (int v = 0; v < V; v++) {
+    const vf old = load(top + v * W), raised = reached[v] > old + slack ? reached[v] : old;
+    store(factor + v * W, exp((old - raised) * (1.0f / kExponentUnit<kPairs>)));
+    store(top + v * W, raised);
+  }
+  return true;
+}
+
+// Weights e^(exponent - top) of `keys` keys into p (a word a key, or a word two keys), added to `sum`.
+template <bool kPairs, int V>
+__attribute__((noinline)) void soften(const float* scores, int keys, float scale, const float* offset, const float* top,
+                                      float* sum, uint32_t* p) {
+  PAGELENS_UNROLL for (int v = 0; v < V; v++) {
+    const vf by = load(offset + v * W) - load(top + v * W);
+    vf total = load(sum + v * W);
+    const auto exponent = [&](int r) { return fma(load(scores + (r * V + v) * W), splat(scale), by); };
+    if (kPairs) {
+      for (int r = 0; r < keys; r += 2) {
+        const vf even = exp2_8bit(exponent(r)), odd = r + 1 < keys ? exp2_8bit(exponent(r + 1)) : vf{};
+        total = total + (even + odd);
+        const vu pair = pair_up(even, odd);
+        std::memcpy(p + (r / 2 * V + v) * W, &pair, sizeof pair);
+      }
+    } else {
+      for (int r = 0; r < keys; r++) {
+        const vf weight = exp(exponent(r));
+        total = total + weight;
+        std::memcpy(p + (r * V + v) * W, &weight, sizeof weight);
+      }
+    }
+    store(sum + v * W, total);
+  }
+}
+
+}  // namespace pagelens::PAGELENS_ISA
