@@ -86,8 +86,8 @@ def torch_call(case: Case) -> Callable[[], Any] | None:
 
 
 def torch_vision_call(case: Case) -> Callable[[], Any] | None:
-    """torch in the inputs' dtype, the way other engines run it. It gets windows cut and their bias ready made; for a whole
-    grid it gets no bias (400 MB at 64 x 64). In both it does less than we do.
+    """torch in the inputs' dtype, the way other engines run it. It gets windows cut and their bias ready made; a whole
+    grid has no bias (400 MB at 64 x 64). In both it does less than we do.
     """
     g = case.generator()
 
