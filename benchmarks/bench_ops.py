@@ -19,6 +19,13 @@ from typing import Any
 import pytest
 import torch
 from ops.cases import BF16, LARGE, REAL, AttentionCase, Case, LinearCase, MoeCase, NormCase, difference
+from ops.vision_cases import (
+    LARGE_VISION,
+    ConvDownsampleCase,
+    PatchEmbedCase,
+    SequenceAttentionCase,
+    WindowAttentionCase,
+)
 from torch.nn import functional
 
 from pagelens.ops.native import NativeOps
@@ -26,7 +33,7 @@ from pagelens.ops.reference import ReferenceOps
 
 # The tiny built-in reader decodes with hidden 192, 6 heads of 32, 8 experts of 96 top-2, vocabulary 384.
 DEMO = [LinearCase(rows=1, width=192, out=384, dtype=BF16), MoeCase(rows=1, dtype=BF16, seed=1), NormCase(dtype=BF16)]
-CASES = [*DEMO, *(case for case in REAL if case.dtype == BF16), *LARGE]
+CASES = [*DEMO, *(case for case in REAL if case.dtype == BF16), *LARGE, *LARGE_VISION]
 ROUNDS, BUDGET_S = 15, 1.0
 
 
@@ -75,6 +82,43 @@ def torch_call(case: Case) -> Callable[[], Any] | None:
         )
         q, k, v = q.view(shape), k.view(shape), v.view(shape)
         return lambda: functional.scaled_dot_product_attention(q, k, v, is_causal=new > 1)
+    return torch_vision_call(case)
+
+
+def torch_vision_call(case: Case) -> Callable[[], Any] | None:
+    """torch in the inputs' dtype, the way other engines run it. It gets windows cut and their bias ready made; a whole
+    grid has no bias (400 MB at 64 x 64). In both it does less than we do.
+    """
+    g = case.generator()
+
+    def like(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=g).to(case.dtype)
+
+    if isinstance(case, WindowAttentionCase):
+        across, tokens = -(-case.grid // case.size), case.size**2
+        q, k, v = (like(case.batch * across**2, case.heads, tokens, case.head_dim) for _ in range(3))
+        bias = like(*q.shape[:2], tokens, tokens) if case.window else None
+        return lambda: functional.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+    if isinstance(case, SequenceAttentionCase):
+        q, k, v = (like(case.batch, case.heads, case.tokens, case.head_dim) for _ in range(3))
+        return lambda: functional.scaled_dot_product_attention(q, k, v)
+    if isinstance(case, PatchEmbedCase):
+        pixels, weight = like(case.batch, 3, case.side, case.side), like(case.width, 3, case.patch, case.patch)
+        return lambda: functional.conv2d(pixels, weight, stride=case.patch)
+    if isinstance(case, ConvDownsampleCase):
+        f, (f2, f3) = case.neck, case.down
+        x = like(case.batch, case.width, case.grid, case.grid).to(memory_format=torch.channels_last)
+        one, two = like(f, case.width, 1, 1), like(f, f, 3, 3)
+        three, four, norm = like(f2, f, 3, 3), like(f3, f2, 3, 3), like(f)
+
+        def normed(y: torch.Tensor) -> torch.Tensor:
+            return functional.layer_norm(y.permute(0, 2, 3, 1), (f,), norm, norm).permute(0, 3, 1, 2)
+
+        def run() -> torch.Tensor:
+            y = normed(functional.conv2d(normed(functional.conv2d(x, one)), two, padding=1))
+            return functional.conv2d(functional.conv2d(y, three, stride=2, padding=1), four, stride=2, padding=1)
+
+        return run
     return None
 
 
