@@ -32,6 +32,7 @@ class Layout(NamedTuple):
     group_size: int = 1
     has_zeros: bool = False
     has_order: bool = False
+    activation_group: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +131,7 @@ def _layout(weight: Weight, rows: int, has_bias: bool = False) -> Layout:
         weight.group_size,
         weight.zeros is not None,
         weight.input_order is not None,
+        weight.activation_group or 0,
     )
 
 
