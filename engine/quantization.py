@@ -22,6 +22,8 @@ VALUE_DTYPES = {"int4": torch.int8, "int8": torch.int8, "fp8": torch.float8_e4m3
 SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ROW_BYTES = 64 << 20  # a quantiser works on so many bytes of float32 at a time
 INT4_GROUP = 32
+# Inputs with one scale, of weights that this project quantises. One scale a row is too coarse (docs/log.md).
+ACTIVATION_GROUPS = {"int8": 64, "int4": INT4_GROUP}
 MAX_ACTIVATION_GROUP = 65536  # sums of a group of products of 8 bits fit into 32
 FP8_MAX = 448.0
 
@@ -190,6 +192,7 @@ def are_alike(a: QuantizedWeight, b: QuantizedWeight) -> bool:
 def quantize(weight: Tensor, kind: Literal["int8", "int4"]) -> QuantizedWeight:
     """weight [N, K] rounded to 8 bits (a scale a row) or 4 bits (a scale for 32 inputs), symmetric.
 
+    Its inputs are to be rounded to int8, with a scale for ACTIVATION_GROUPS of them: products are of whole numbers.
     The scale of an int8 row is max|w| / 127. The scale of an int4 group is the one of a few candidates that leaves the
     smallest sum of squared errors: the largest magnitude on -8 (llama.cpp's Q4_0), on 7, and places about these.
     Scales are bfloat16 (int8: float32), values are rounded to the scale that is kept.
@@ -217,7 +220,15 @@ def quantize(weight: Tensor, kind: Literal["int8", "int4"]) -> QuantizedWeight:
         whole = _round_to(grouped, scales[first : first + rows].float(), low, high)
         values[first : first + rows] = whole.view(-1, groups * size)[:, :k].to(torch.int8)
     dtype = weight.dtype if weight.dtype in (torch.float32, torch.bfloat16) else torch.float32
-    return QuantizedWeight(kind, values, scales, size, dtype=dtype)
+    return own_weight(kind, values, scales, size, dtype)
+
+
+def own_weight(
+    kind: Literal["int8", "int4"], values: Tensor, scales: Tensor, group_size: int, dtype: torch.dtype
+) -> QuantizedWeight:
+    """A weight as `quantize` makes it."""
+    group = ACTIVATION_GROUPS[kind]
+    return QuantizedWeight(kind, values, scales, group_size, activation="int8", dtype=dtype, activation_group=group)
 
 
 def _round_to(grouped: Tensor, scales: Tensor, low: int, high: int) -> Tensor:
