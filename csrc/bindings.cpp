@@ -127,8 +127,8 @@ const PackedLinear& checked_order(const PackedLinear& packed) {
   if (packed.order)
     for (int64_t i = 0; i < packed.k; i++)
       if (packed.order[i] < 0 || packed.order[i] >= packed.k)
-        throw std::invalid_argument("the order of the inputs names input " + std::to_string(packed.order[i]) +
-                                    " of " + std::to_string(packed.k));
+        throw std::invalid_argument("the order of the inputs names input " + std::to_string(packed.order[i]) + " of " +
+                                    std::to_string(packed.k));
   return packed;
 }
 

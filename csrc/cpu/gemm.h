@@ -111,7 +111,7 @@ inline void run_block(const Problem& p, const Block& b, const uint32_t* a, float
 }
 
 // ---- rows that are rounded to 8 bits once for all threads and blocks ------------------------------------------------
-constexpr int kRoundedRows = 7;              // the pool's shared scratch of this
+constexpr int kRoundedRows = 7;                   // the pool's shared scratch of this
 constexpr int64_t kRoundHere = int64_t{1} << 13;  // of K over all rows: fewer are not worth waking a thread
 
 // Where the rounded rows of each problem lie.

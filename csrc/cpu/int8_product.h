@@ -52,9 +52,9 @@ PAGELENS_INLINE vu unsigned_bytes(vu word, int p) {
   return (p ? word >> 4 : word) & 0x0f0f0f0fu;
 }
 
-// sums [R][32] of one panel. kGrouped: weights have a scale for each group, not one a row. A leaf that is never inlined,
-// with all loops in it and without std::min: inside larger code, where arrays are handed to a function, and where the
-// address of a bound of the loops is taken, GCC 12 holds the sums in memory.
+// sums [R][32] of one panel. kGrouped: weights have a scale for each group, not one a row. A leaf that is never
+// inlined, with all loops in it and without std::min: inside larger code, where arrays are handed to a function, and
+// where the address of a bound of the loops is taken, GCC 12 holds the sums in memory.
 template <Format F, bool kGrouped, int R>
 __attribute__((noinline)) void int8_panel(const PackedLinear& packed, const uint32_t* w, int64_t scale_at,
                                           const uint32_t* a, float* out) {

@@ -1,8 +1,8 @@
 // Activations rounded to 8 bits, in groups along K, for the products of cpu/int8_product.h.
 //
-// A tile of R rows is [words][R] words of 4 signed bytes in the order of the weights' bytes, then for each group R scales
-// (float) and R starts (int32): the bytes of weights are taken unsigned, 128 (int4: 8) too large, so a sum begins with
-// minus that times the sum of the group's activations.
+// A tile of R rows is [words][R] words of 4 signed bytes in the order of the weights' bytes, then for each group R
+// scales (float) and R starts (int32): the bytes of weights are taken unsigned, 128 (int4: 8) too large, so a sum
+// begins with minus that times the sum of the group's activations.
 #pragma once
 #include "cpu/quantized.h"
 
@@ -63,7 +63,8 @@ PAGELENS_INLINE float int8_scale(const T* x, int64_t n) {
   return scale >= kSmallestScale ? scale : 1.0f;
 }
 
-// W values in units of scale, rounded to even, as bytes; adds them to `sums`. Where the scale is NaN they do not matter.
+// W values in units of scale, rounded to even, as bytes; adds them to `sums`. Where the scale is NaN they do not
+// matter.
 template <class T>
 PAGELENS_INLINE void round_to_bytes(const T* x, vf scale, int8_t* to, vu& sums) {
   const vf y = at_most(at_least(load(x) / scale, -127.0f), 127.0f);

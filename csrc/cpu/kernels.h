@@ -34,9 +34,9 @@ struct Rows {
 // bytes 0 and 1, odd k in the bytes 2 and 3); the padding is 0. scales, zeros: [panels][G][32]. order: [k] or null.
 // group_size is a multiple of 8, or there is one group.
 //
-// activation_group: inputs that share a scale when they are rounded; 0: those of a whole row. If not 0, it is a multiple
-// of 8 up to kMaxActivationGroup, `activation` is int8, the weight is int4 or int8 without zeros and order, and it has
-// the same groups or one scale a row.
+// activation_group: inputs that share a scale when they are rounded; 0: those of a whole row. If not 0, it is a
+// multiple of 8 up to kMaxActivationGroup, `activation` is int8, the weight is int4 or int8 without zeros and order,
+// and it has the same groups or one scale a row.
 constexpr int64_t kMaxActivationGroup = 65536;  // sums of a group of products of 8 bits fit into 32
 struct PackedLinear {
   const void* weight = nullptr;

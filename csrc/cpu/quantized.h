@@ -12,7 +12,7 @@
 namespace pagelens::PAGELENS_ISA {
 
 constexpr float kSmallestScale = 0x1p-126f;  // of activations: smaller ones count as 0
-constexpr int64_t kSlab = 128;  // of K unpacked at a time: at most 16 KB, which stay in the first cache
+constexpr int64_t kSlab = 128;               // of K unpacked at a time: at most 16 KB, which stay in the first cache
 
 // Floats that a quantised weight wants beside a packed row: its scale if activations are quantised, then each X_g.
 PAGELENS_INLINE int64_t side_floats(const PackedLinear& w) {
