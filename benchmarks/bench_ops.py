@@ -5,20 +5,26 @@
 Besides pytest-benchmark's table (which can be stored and compared) a second one is printed with bytes and operations a
 second. GB/s counts what must be read and written once. "torch" is torch's own op on the same inputs and threads where
 there is one, measured in turns with ours; medians of both. Nothing is done against other load on the machine.
+Quantised weights are read from memory (copies take turns) and stand beside "of read": their GB/s as a share of what
+the C library's memchr reads with as many threads, in turns with ours. It is a yardstick, not a limit.
 """
 
 from __future__ import annotations
 
+import ctypes
+import itertools
 import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from ops.cases import BF16, LARGE, REAL, AttentionCase, Case, LinearCase, MoeCase, NormCase, difference
+from ops.quantized_cases import REAL_QUANTIZED
 from ops.vision_cases import (
     LARGE_VISION,
     ConvDownsampleCase,
@@ -35,6 +41,8 @@ from pagelens.ops.reference import ReferenceOps
 DEMO = [LinearCase(rows=1, width=192, out=384, dtype=BF16), MoeCase(rows=1, dtype=BF16, seed=1), NormCase(dtype=BF16)]
 CASES = [*DEMO, *(case for case in REAL if case.dtype == BF16), *LARGE, *LARGE_VISION]
 ROUNDS, BUDGET_S = 15, 1.0
+COLD_BYTES = 96 << 20  # more than the caches hold
+PROBE_BYTES = 64 << 20  # a thread
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +57,7 @@ def native() -> Iterator[NativeOps]:
 
 @pytest.fixture(scope="module")
 def report(native: NativeOps, request: pytest.FixtureRequest) -> Iterator[list[tuple[str, ...]]]:
-    rows: list[tuple[str, ...]] = [("op", "median us", "GB/s", "GFLOP/s", "torch us", "speedup")]
+    rows: list[tuple[str, ...]] = [("op", "median us", "GB/s", "GFLOP/s", "torch us", "speedup", "of read")]
     yield rows
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
@@ -122,6 +130,25 @@ def torch_vision_call(case: Case) -> Callable[[], Any] | None:
     return None
 
 
+def cold(case: Case, ops: NativeOps) -> list[Callable[[], Any]]:
+    """Calls of copies of a case, so many that each finds its weights in memory and not in a cache."""
+    return [case.timed(ops) for _ in range(min(64, -(-COLD_BYTES // case.bytes())))]
+
+
+@pytest.fixture(scope="module")
+def read_probe(native: NativeOps) -> Iterator[Callable[[], Any]]:
+    """Reads PROBE_BYTES with each of the threads: memchr for a byte that is not there."""
+    library = ctypes.CDLL(None)
+    library.memchr.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
+    buffers = [torch.ones(PROBE_BYTES, dtype=torch.uint8) for _ in range(native.num_threads)]
+
+    def read(buffer: torch.Tensor) -> None:
+        library.memchr(buffer.data_ptr(), 7, PROBE_BYTES)
+
+    with ThreadPoolExecutor(native.num_threads) as pool:
+        yield lambda: list(pool.map(read, buffers))
+
+
 def in_turns(*calls: Callable[[], Any]) -> list[float]:
     """Median seconds of each call; they take turns, so that a slow moment of the machine meets all of them."""
     times: list[list[float]] = [[] for _ in calls]
@@ -153,5 +180,39 @@ def test_speed(case: Case, native: NativeOps, benchmark: Any, report: list[tuple
             f"{case.flops() / ours / 1e9:.1f}",
             f"{theirs[0] * 1e6:.1f}" if theirs else "",
             f"{theirs[0] / ours:.2f}" if theirs else "",
+            "",
+        )
+    )
+
+
+@pytest.mark.parametrize("case", REAL_QUANTIZED, ids=lambda case: case.id)
+def test_speed_of_quantised_weights(
+    case: Case,
+    native: NativeOps,
+    benchmark: Any,
+    report: list[tuple[str, ...]],
+    read_probe: Callable[[], Any],
+) -> None:
+    problem = difference(case.bind(native)().clone(), case.bind(ReferenceOps())(), case)
+    assert problem is None, problem
+
+    runs = cold(case, native)
+    # All copies in one go: after a probe the kernels' threads sleep, and the first call would have to wake them.
+    every, reading = in_turns(lambda: [run() for run in runs], read_probe)
+    ours = every / len(runs)
+    rate, of_read = case.bytes() / ours / 1e9, PROBE_BYTES * native.num_threads / reading / 1e9
+    benchmark.group = f"{case.op}, quantised"
+    benchmark.extra_info.update(gb_s=rate, read_gb_s=of_read, gflop_s=case.flops() / ours / 1e9, isa=native.isa)
+    turns = itertools.cycle(runs)
+    benchmark(lambda: next(turns)())
+    report.append(
+        (
+            case.id,
+            f"{ours * 1e6:.1f}",
+            f"{rate:.1f}",
+            f"{case.flops() / ours / 1e9:.1f}",
+            "",
+            "",
+            f"{rate / of_read:.0%} of {of_read:.1f}",
         )
     )

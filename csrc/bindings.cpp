@@ -121,29 +121,40 @@ struct Moe {
   }
 };
 
-// (n, k, dtype, has_bias, format, activation, scale_dtype, group_size, has_zeros, has_order)
-using Shape = std::tuple<int64_t, int64_t, int, bool, int, int, int, int64_t, bool, bool>;
+// (n, k, dtype, has_bias, format, activation, scale_dtype, group_size, has_zeros, has_order, activation_group)
+using Shape = std::tuple<int64_t, int64_t, int, bool, int, int, int, int64_t, bool, bool, int64_t>;
+
+bool has_good_activation_group(const LinearShape& s) {
+  if (s.activation_group == 0) return true;
+  return s.activation_group % 8 == 0 && s.activation_group > 0 && s.activation_group <= kMaxActivationGroup &&
+         s.activation == ActivationFormat::int8 && (s.format == Format::int4 || s.format == Format::int8) &&
+         !s.has_zeros && !s.has_order && (s.group_size == s.activation_group || s.group_size >= s.k);
+}
 
 // Throws std::invalid_argument: a shape may come from a file.
 LinearShape linear_shape(const Shape& s) {
-  const auto [n, k, dtype, has_bias, format, activation, scale_dtype, group_size, has_zeros, has_order] = s;
+  const auto [n, k, dtype, has_bias, format, activation, scale_dtype, group_size, has_zeros, has_order,
+              activation_group] = s;
   constexpr int64_t kMost = int64_t{1} << 31;
   const bool good = n >= 0 && n < kMost && k >= 0 && k < kMost && (n == 0 || k < (int64_t{1} << 40) / n) &&
                     dtype >= 0 && dtype <= 1 && format >= 0 && format <= 3 && activation >= 0 && activation <= 2 &&
                     scale_dtype >= 0 && scale_dtype <= 2 && group_size >= 1 && group_size < kMost &&
                     (format == 0 || group_size % 8 == 0 || group_size >= k) &&
                     (format != 0 || (!has_zeros && !has_order && activation == 0));
-  if (!good) throw std::invalid_argument("a packed matrix has sizes or formats that no kernel has");
-  return {n,
-          k,
-          static_cast<DType>(dtype),
-          has_bias,
-          static_cast<Format>(format),
-          static_cast<ActivationFormat>(activation),
-          static_cast<DType>(scale_dtype),
-          group_size,
-          has_zeros,
-          has_order};
+  const LinearShape shape{n,
+                          k,
+                          static_cast<DType>(dtype),
+                          has_bias,
+                          static_cast<Format>(format),
+                          static_cast<ActivationFormat>(activation),
+                          static_cast<DType>(scale_dtype),
+                          group_size,
+                          has_zeros,
+                          has_order,
+                          activation_group};
+  if (!good || !has_good_activation_group(shape))
+    throw std::invalid_argument("a packed matrix has sizes or formats that no kernel has");
+  return shape;
 }
 
 // The order of the inputs is followed without a check when rows are packed. Throws std::invalid_argument.

@@ -26,8 +26,9 @@ class Program:
     @property
     def num_calls(self) -> int: ...
 
-# (n, k, dtype, has_bias, format, activation, scale_dtype, group_size, has_zeros, has_order): LinearShape in pack.h
-Shape = tuple[int, int, int, bool, int, int, int, int, bool, bool]
+# (n, k, dtype, has_bias, format, activation, scale_dtype, group_size, has_zeros, has_order, activation_group):
+# LinearShape in pack.h
+Shape = tuple[int, int, int, bool, int, int, int, int, bool, bool, int]
 # (weight, scales, zeros) of a matrix or of gate and up, their rows, order of the inputs, bias and its dtype
 Parts = tuple[int, int, int]
 Content = tuple[Parts, Parts, int, int, int, int]

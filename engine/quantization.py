@@ -22,6 +22,9 @@ VALUE_DTYPES = {"int4": torch.int8, "int8": torch.int8, "fp8": torch.float8_e4m3
 SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ROW_BYTES = 64 << 20  # a quantiser works on so many bytes of float32 at a time
 INT4_GROUP = 32
+# Inputs with one scale, of weights that this project quantises. One scale a row is too coarse (docs/log.md).
+ACTIVATION_GROUPS = {"int8": 64, "int4": INT4_GROUP}
+MAX_ACTIVATION_GROUP = 65536  # sums of a group of products of 8 bits fit into 32
 FP8_MAX = 448.0
 
 
@@ -37,6 +40,9 @@ class QuantizedWeight:
     input_order  [K] int64: column k of `values` belongs to this input (act-order); None: to input k
     group_size   inputs that share a scale; K where there is one scale a row; the last group may be shorter
     activation   how the inputs are to be quantised, row by row, where the format asks for it: "int8", "fp8", or None
+    activation_group  inputs of a row that are quantised with one scale (the last group may be shorter); None: all.
+                 Only for "int8" inputs of int4 or int8 weights without zeros and input_order, a multiple of 8 up to
+                 MAX_ACTIVATION_GROUP, and where the weight has more than one group, its group_size
     dtype        of the activations it is to be multiplied with: float32 or bfloat16
     Raises ShapeError if the parts do not fit each other.
     """
@@ -49,6 +55,7 @@ class QuantizedWeight:
     input_order: Tensor | None = None
     activation: Literal["int8", "fp8"] | None = None
     dtype: torch.dtype = torch.bfloat16
+    activation_group: int | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS or self.values.ndim != 2 or self.values.dtype != VALUE_DTYPES[self.kind]:
@@ -65,6 +72,13 @@ class QuantizedWeight:
             self.input_order.shape != (k,) or not torch.equal(self.input_order.sort().values, torch.arange(k))
         ):
             self._refuse(f"input_order must hold each of 0..{k - 1} once")
+        if self.activation_group is not None and not self._can_group_activations(self.activation_group):
+            self._refuse(f"activation_group {self.activation_group} does not go with the rest, {self.activation}")
+
+    def _can_group_activations(self, size: int) -> bool:
+        plain = self.zeros is None and self.input_order is None and self.kind != "fp8" and self.activation == "int8"
+        same_groups = self.group_size == size or self.scales.shape[1] <= 1
+        return plain and same_groups and size % 8 == 0 and 8 <= size <= MAX_ACTIVATION_GROUP
 
     def _refuse(self, rule: str) -> None:
         parts = {"values": self.values, "scales": self.scales, "zeros": self.zeros, "input_order": self.input_order}
@@ -110,9 +124,22 @@ class QuantizedWeight:
         x = x.float()
         if self.activation is None or not x.numel():
             return x
+        if self.activation_group is not None:
+            return self._quantize_groups(x, self.activation_group)
+        return self._round_input(x)
+
+    def _quantize_groups(self, x: Tensor, size: int) -> Tensor:
+        rows, k = x.shape
+        groups = -(-k // size)
+        grouped = torch.nn.functional.pad(x, (0, groups * size - k)).view(rows, groups, size)
+        return self._round_input(grouped).view(rows, groups * size)[:, :k]
+
+    def _round_input(self, x: Tensor) -> Tensor:
+        """x with one scale along its last axis. Where that would be subnormal the numbers count as 0."""
         most = 127.0 if self.activation == "int8" else FP8_MAX
-        step = x.abs().amax(-1, keepdim=True) / most
-        scale = torch.where(step > 0, step, 1.0)
+        largest = x.abs().amax(-1, keepdim=True)
+        scale = largest / most
+        scale = torch.where(scale < torch.finfo(torch.float32).tiny, 1.0, scale)
         scaled = (x / scale).clamp(-most, most)
         on_grid = scaled.round() if self.activation == "int8" else scaled.to(torch.float8_e4m3fn).float()
         return on_grid * scale
@@ -160,6 +187,7 @@ def are_alike(a: QuantizedWeight, b: QuantizedWeight) -> bool:
     return (
         same_order
         and (a.kind, a.group_size, a.activation, a.dtype) == (b.kind, b.group_size, b.activation, b.dtype)
+        and a.activation_group == b.activation_group
         and a.shape[1] == b.shape[1]
         and a.scales.dtype == b.scales.dtype
         and (a.zeros is None) == (b.zeros is None)
@@ -170,6 +198,7 @@ def are_alike(a: QuantizedWeight, b: QuantizedWeight) -> bool:
 def quantize(weight: Tensor, kind: Literal["int8", "int4"]) -> QuantizedWeight:
     """weight [N, K] rounded to 8 bits (a scale a row) or 4 bits (a scale for 32 inputs), symmetric.
 
+    Its inputs are to be rounded to int8, with a scale for ACTIVATION_GROUPS of them: products are of whole numbers.
     The scale of an int8 row is max|w| / 127. The scale of an int4 group is the one of a few candidates that leaves the
     smallest sum of squared errors: the largest magnitude on -8 (llama.cpp's Q4_0), on 7, and places about these.
     Scales are bfloat16 (int8: float32), values are rounded to the scale that is kept.
@@ -197,7 +226,15 @@ def quantize(weight: Tensor, kind: Literal["int8", "int4"]) -> QuantizedWeight:
         whole = _round_to(grouped, scales[first : first + rows].float(), low, high)
         values[first : first + rows] = whole.view(-1, groups * size)[:, :k].to(torch.int8)
     dtype = weight.dtype if weight.dtype in (torch.float32, torch.bfloat16) else torch.float32
-    return QuantizedWeight(kind, values, scales, size, dtype=dtype)
+    return own_weight(kind, values, scales, size, dtype)
+
+
+def own_weight(
+    kind: Literal["int8", "int4"], values: Tensor, scales: Tensor, group_size: int, dtype: torch.dtype
+) -> QuantizedWeight:
+    """A weight as `quantize` makes it."""
+    group = ACTIVATION_GROUPS[kind]
+    return QuantizedWeight(kind, values, scales, group_size, activation="int8", dtype=dtype, activation_group=group)
 
 
 def _round_to(grouped: Tensor, scales: Tensor, low: int, high: int) -> Tensor:

@@ -121,6 +121,7 @@ PackedLinear lay_out(const LinearShape& shape, char* memory, size_t* size) {
   p.n = shape.n, p.k = shape.k, p.dtype = shape.dtype;
   p.format = shape.format, p.activation = shape.activation;
   p.scale_dtype = shape.scale_dtype, p.group_size = shape.group_size;
+  p.activation_group = shape.activation_group;
   size_t at = 0;
   const auto next = [&](int64_t bytes) {
     char* here = memory ? memory + at : nullptr;

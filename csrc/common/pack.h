@@ -38,6 +38,7 @@ struct LinearShape {
   DType scale_dtype = DType::f32;
   int64_t group_size = 1;
   bool has_zeros = false, has_order = false;
+  int64_t activation_group = 0;
 };
 
 size_t packed_bytes(const LinearShape& shape);

@@ -6,6 +6,7 @@
 #include <algorithm>
 
 #include "common/thread_pool.h"
+#include "cpu/int8_product.h"
 #include "cpu/quantized_few.h"
 #include "cpu/taps.h"
 #include "cpu/tile.h"
@@ -112,14 +113,80 @@ inline void run_block(const Problem& p, const Block& b, const uint32_t* a, float
   }
 }
 
+// ---- rows that are rounded to 8 bits once for all threads and blocks ------------------------------------------------
+constexpr int kRoundedRows = 7;                   // the pool's shared scratch of this
+constexpr int64_t kRoundHere = int64_t{1} << 13;  // of K over all rows: fewer are not worth waking a thread
+
+// Where the rounded rows of each problem lie.
+struct RoundedRows {
+  uint32_t* words = nullptr;
+  const int64_t* at = nullptr;  // of each problem, in words
+
+  const uint32_t* of(int64_t problem, int64_t row, const PackedLinear& w) const {
+    return words + at[problem] + row * int8_row_words(w);
+  }
+};
+
+// Whether b's rows are a's: the same single row, rounded alike (the experts of one token).
+PAGELENS_INLINE bool same_rounded_row(const Problem& a, const Problem& b) {
+  return a.rows == 1 && b.rows == 1 && runs_int8(a.weight) && a.x.dtype == b.x.dtype && a.x.row(0) == b.x.row(0) &&
+         a.weight.k == b.weight.k && a.weight.format == b.weight.format &&
+         a.weight.activation_group == b.weight.activation_group;
+}
+
+// Rounds the rows of the problems that want it, tile by tile of each block as run_int8_block takes them.
+inline RoundedRows round_rows(ThreadPool& pool, const Problem* problems, int64_t count) {
+  int64_t total = 0, elements = 0, used = 0;
+  for (int64_t i = 0; i < count; i++)
+    if (runs_int8(problems[i].weight)) total += problems[i].rows * int8_row_words(problems[i].weight), used++;
+  if (used == 0) return {};
+  // [count] places in words, [count + 1] first tasks (a task is a tile), then the rows.
+  int64_t* at = pool.shared<int64_t>(kRoundedRows, 2 * count + 9 + (total + 1) / 2);
+  int64_t* tasks = at + count;
+  uint32_t* words = reinterpret_cast<uint32_t*>(tasks + count + 1);
+  int64_t next = 0;
+  tasks[0] = 0;
+  for (int64_t i = 0; i < count; i++) {
+    const Problem& p = problems[i];
+    at[i] = next, tasks[i + 1] = tasks[i];
+    if (!runs_int8(p.weight)) continue;
+    if (i > 0 && same_rounded_row(problems[i - 1], p)) {
+      at[i] = at[i - 1];
+      continue;
+    }
+    const int64_t row_blocks = cut(p).row_blocks;
+    if (row_blocks) tasks[i + 1] += row_blocks * ceil_div(ceil_div(p.rows, row_blocks), kInt8TileRows);
+    next += p.rows * int8_row_words(p.weight), elements += p.rows * p.weight.k;
+  }
+  const auto round_tile = [&](int64_t task, int) {
+    const int64_t i = std::upper_bound(tasks, tasks + count + 1, task) - tasks - 1;
+    const Problem& p = problems[i];
+    const Cut c = cut(p);
+    const int64_t a_block = (tasks[i + 1] - tasks[i]) / c.row_blocks, own = task - tasks[i];
+    const Block b = block_at(p, c, static_cast<int32_t>(i), own / a_block * c.panel_blocks);
+    const int64_t tiles = ceil_div(b.rows, kInt8TileRows), t = own % a_block;
+    if (t >= tiles) return;
+    const int64_t r0 = b.row + tile_start(b.rows, tiles, t), r1 = b.row + tile_start(b.rows, tiles, t + 1);
+    pack_int8_tile(p.x, p.weight, r0, static_cast<int>(r1 - r0), words + at[i] + r0 * int8_row_words(p.weight));
+  };
+  if (elements <= kRoundHere) {
+    for (int64_t task = 0; task < tasks[count]; task++) round_tile(task, 0);
+  } else {
+    pool.run(tasks[count], round_tile);
+  }
+  return {words, at};
+}
+
 // epilogue(block, first row, rows, panel, sums [rows][32]) runs on any thread, once for every row and panel.
 template <class BlockAt, class Epilogue>
 inline void gemm(ThreadPool& pool, const Problem* problems, int64_t num_problems, int64_t blocks, BlockAt&& at,
                  Epilogue&& epilogue) {
   int64_t words = 0, rows = 0, sides = 0, gathered = 0;
   for (int64_t i = 0; i < num_problems; i++) {
-    words = std::max(words, words_a_row(problems[i].weight));
-    sides = std::max(sides, side_floats(problems[i].weight));
+    if (!runs_int8(problems[i].weight)) {
+      words = std::max(words, words_a_row(problems[i].weight));
+      sides = std::max(sides, side_floats(problems[i].weight));
+    }
     rows = std::max(rows, std::min(problems[i].rows, kMaxBlockRows));
     if (problems[i].x.taps) gathered = std::max(gathered, problems[i].weight.k);
   }
@@ -131,6 +198,7 @@ inline void gemm(ThreadPool& pool, const Problem* problems, int64_t num_problems
   struct Packed {
     int32_t problem = -1, row = -1;
   } have[ThreadPool::kMaxThreads];
+  const RoundedRows rounded = round_rows(pool, problems, num_problems);
 
   pool.run(blocks, [&](int64_t i, int thread) {
     const Block b = at(i);
@@ -138,6 +206,10 @@ inline void gemm(ThreadPool& pool, const Problem* problems, int64_t num_problems
     uint32_t* packed = static_cast<uint32_t*>(pool.local(thread));
     float* side = static_cast<float*>(pool.local(thread)) + side_at;
     float* sums = static_cast<float*>(pool.local(thread)) + sums_at;
+    if (runs_int8(p.weight)) {
+      run_int8_block(p.weight, b, rounded.of(b.problem, b.row, p.weight), sums, epilogue);
+      return;
+    }
     const uint32_t* a = packed;
     if (b.rows == 1 && lies_packed(p.x, p.weight)) {
       a = static_cast<const uint32_t*>(p.x.row(b.row));

@@ -33,6 +33,11 @@ struct Rows {
 // 8 int4 (q + 8; the even k in the low half, 4 bits each, the odd k in the high half) or 4 int8 or fp8 (even k in the
 // bytes 0 and 1, odd k in the bytes 2 and 3); the padding is 0. scales, zeros: [panels][G][32]. order: [k] or null.
 // group_size is a multiple of 8, or there is one group.
+//
+// activation_group: inputs that share a scale when they are rounded; 0: those of a whole row. If not 0, it is a
+// multiple of 8 up to kMaxActivationGroup, `activation` is int8, the weight is int4 or int8 without zeros and order,
+// and it has the same groups or one scale a row.
+constexpr int64_t kMaxActivationGroup = 65536;  // sums of a group of products of 8 bits fit into 32
 struct PackedLinear {
   const void* weight = nullptr;
   const float* bias = nullptr;
@@ -43,6 +48,7 @@ struct PackedLinear {
   ActivationFormat activation = ActivationFormat::plain;  // how each row of x is rounded first
   DType scale_dtype = DType::f32;
   int64_t group_size = 1;
+  int64_t activation_group = 0;
   const void* scales = nullptr;
   const int16_t* zeros = nullptr;
   const int32_t* order = nullptr;

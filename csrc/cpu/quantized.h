@@ -11,7 +11,8 @@
 
 namespace pagelens::PAGELENS_ISA {
 
-constexpr int64_t kSlab = 128;  // of K unpacked at a time: at most 16 KB, which stay in the first cache
+constexpr float kSmallestScale = 0x1p-126f;  // of activations: smaller ones count as 0
+constexpr int64_t kSlab = 128;               // of K unpacked at a time: at most 16 KB, which stay in the first cache
 
 // Floats that a quantised weight wants beside a packed row: its scale if activations are quantised, then each X_g.
 PAGELENS_INLINE int64_t side_floats(const PackedLinear& w) {
@@ -121,16 +122,24 @@ PAGELENS_INLINE float half_to_float(uint16_t h) {
   return f;
 }
 
+// One vector of scales from element `at` on.
+PAGELENS_INLINE vf scales_at(const PackedLinear& w, int64_t at) {
+  if (w.scale_dtype == DType::f32) return load(static_cast<const float*>(w.scales) + at);
+  if (w.scale_dtype == DType::bf16) return load(static_cast<const bf16*>(w.scales) + at);
+  const uint16_t* halves = static_cast<const uint16_t*>(w.scales) + at;
+#if defined(PAGELENS_ISA_AVX512) || defined(PAGELENS_ISA_AVX512_BF16)
+  return (vf)_mm512_cvtph_ps(load_as<__m256i>(halves));
+#else
+  vf scales;
+  for (int i = 0; i < W; i++) scales[i] = half_to_float(halves[i]);
+  return scales;
+#endif
+}
+
 // The 32 scales of group g of a panel.
 PAGELENS_INLINE void load_scales(const PackedLinear& w, int64_t panel, int64_t g, float* to) {
   const int64_t at = (panel * w.scale_groups() + g) * kPanel;
-  if (w.scale_dtype == DType::f32) {
-    std::memcpy(to, static_cast<const float*>(w.scales) + at, kPanel * 4);
-  } else if (w.scale_dtype == DType::bf16) {
-    for (int v = 0; v < kPanel; v += W) store(to + v, load(static_cast<const bf16*>(w.scales) + at + v));
-  } else {
-    for (int c = 0; c < kPanel; c++) to[c] = half_to_float(static_cast<const uint16_t*>(w.scales)[at + c]);
-  }
+  for (int v = 0; v < kPanel; v += W) store(to + v, scales_at(w, at + v));
 }
 
 // ---- activations ---------------------------------------------------------------------------------------------------
@@ -160,7 +169,7 @@ inline void pack_quantized_row(const T* x, const PackedLinear& w, int R, uint32_
     float largest = 0.0f;
     for (int64_t i = 0; i < w.k; i++) largest = std::max(largest, std::fabs(get(x + i)));
     const float step = largest / (w.activation == ActivationFormat::int8 ? 127.0f : 448.0f);
-    if (step > 0.0f) scale = step;  // 0 too where the largest is near the end of the subnormal numbers
+    if (step >= kSmallestScale) scale = step;
     *side++ = scale;
   }
   const bool pairs = tile_dtype(w) == DType::bf16;

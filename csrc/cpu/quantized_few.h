@@ -41,12 +41,6 @@ PAGELENS_INLINE void sum_groups(const uint32_t* a, const uint32_t* w, int64_t wo
     }
 }
 
-PAGELENS_INLINE vf scales_at(const PackedLinear& w, int64_t at) {
-  if (w.scale_dtype == DType::f32) return load(static_cast<const float*>(w.scales) + at);
-  if (w.scale_dtype == DType::bf16) return load(static_cast<const bf16*>(w.scales) + at);
-  return (vf)_mm512_cvtph_ps(load_as<__m256i>(static_cast<const uint16_t*>(w.scales) + at));
-}
-
 template <int R>
 PAGELENS_INLINE void add_scaled(const PackedLinear& w, int64_t at, const float* sums_of_x, int64_t side, bool first,
                                 const vf (&acc)[R][2], vf (&total)[R][2]) {

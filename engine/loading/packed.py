@@ -18,11 +18,11 @@ from .checkpoint import Checkpoint
 from .strict_json import shown
 
 KEY = "pagelens"
-VERSION = 1
+VERSION = 2
 PREFIX = "packed."  # of the tensors; the rest of the name is the model's own name of the part
 Form = Literal["linear", "swiglu", "moe"]
 FORMS: dict[str, int] = {"linear": 1, "swiglu": 2, "moe": 2}  # layouts each has
-LAYOUT_TYPES = (int, int, int, bool, int, int, int, int, bool, bool)
+LAYOUT_TYPES = (int, int, int, bool, int, int, int, int, bool, bool, int)
 MAX_NUMBER = 2**31 - 1  # of a layout
 
 

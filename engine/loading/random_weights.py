@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import WeightsError
-from ..quantization import INT4_GROUP, QuantizedWeight
+from ..quantization import INT4_GROUP, QuantizedWeight, own_weight
 from .strict_json import shown
 from .weights import WeightSpec
 
@@ -79,7 +79,7 @@ class RandomWeights:
         source = drawn if first + n * k <= POOL_SIZE else drawn.repeat(-(-(first + n * k) // POOL_SIZE))
         scale = math.sqrt(12 / max(k, 1)) / (high - low)
         scales = torch.full((n, -(-k // size)), scale, dtype=torch.bfloat16 if kind == "int4" else torch.float32)
-        return QuantizedWeight(kind, source[first : first + n * k].view(n, k), scales, size, dtype=self._dtype)
+        return own_weight(kind, source[first : first + n * k].view(n, k), scales, size, self._dtype)
 
     def release(self, name: str) -> None:
         """Nothing is kept."""

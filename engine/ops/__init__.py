@@ -8,8 +8,9 @@ Common rules:
 - `out` is written and returned when given (it may be `x` or `residual` itself where the docstring says so), otherwise a
   new tensor is made. Packed weights come from the same backend's `pack_*`.
 - A weight of a linear layer may be quantised (QuantizedWeight): it then counts as the exact matrix W of its definition,
-  and where its format quantises activations, x is first rounded by `quantize_input`, row by row. Products are summed
-  in float32.
+  and where its format quantises activations, x is first rounded by `quantize_input`, row by row or in groups of a row.
+  Products are summed in float32; native sums those of int8 activations and int8 or int4 weights as whole numbers within
+  a group, which is exact, and the groups in float32.
 - Batch invariance (native): a row's result has the same bits whatever other rows are in the call. For the vision ops a
   row is a view.
 - Errors: ShapeError if shapes or dtypes break the contract.

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import _native
 from ..errors import ShapeError, UnsupportedError
-from ..quantization import INT4_GROUP, QuantizedWeight, Weight, are_alike, quantize
+from ..quantization import INT4_GROUP, QuantizedWeight, Weight, are_alike, own_weight, quantize
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 SCALE_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -32,6 +32,7 @@ class Layout(NamedTuple):
     group_size: int = 1
     has_zeros: bool = False
     has_order: bool = False
+    activation_group: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +131,7 @@ def _layout(weight: Weight, rows: int, has_bias: bool = False) -> Layout:
         weight.group_size,
         weight.zeros is not None,
         weight.input_order is not None,
+        weight.activation_group or 0,
     )
 
 
@@ -179,7 +181,7 @@ class NativePacking:
         bad = _native.quantize(self._pool, matrix, FORMATS[kind], values.data_ptr(), scales.data_ptr())
         if bad >= 0:
             raise ShapeError(f"quantize: row {bad} of the weight holds NaN or infinity; the checkpoint is damaged")
-        return QuantizedWeight(kind, values, scales, size, dtype=source.dtype)
+        return own_weight(kind, values, scales, size, source.dtype)
 
     def pack_linear(self, weight: Weight, bias: Tensor | None = None) -> PackedLinear:
         weight = _checked("pack_linear", "weight", weight)

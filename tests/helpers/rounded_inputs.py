@@ -26,6 +26,11 @@ def round_int8(x: Tensor) -> Tensor:
     return torch.from_numpy(np.rint(rows / step).clip(-127, 127) * step)
 
 
+def round_int8_groups(size: int) -> Callable[[Tensor], Tensor]:
+    """As round_int8, with a scale for each `size` inputs of a row (the last group may be shorter)."""
+    return lambda x: torch.cat([round_int8(part) for part in x.split(size, -1)], -1)
+
+
 def round_fp8(x: Tensor) -> Tensor:
     """Each row as E4M3 numbers times a scale that puts its largest magnitude on 448; ties to the even mantissa."""
     rows = x.numpy()
@@ -42,16 +47,20 @@ def row_steps(rows: Any, most: int) -> Any:
 
 
 @contextmanager
-def inputs_rounded(oracle: Any, rounding: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """While this lasts, every linear layer rounds its input first, but for routers and the head."""
+def inputs_rounded(
+    oracle: Any, rounding: Callable[[Tensor], Tensor], of_head: Callable[[Tensor], Tensor] = lambda x: x
+) -> Iterator[None]:
+    """While this lasts, every linear layer rounds its input first, but for routers; the head by `of_head`."""
     oracle.set_experts_implementation("eager")  # the one that goes through functional.linear
-    kept = {oracle.lm_head.weight.data_ptr()}
-    kept |= {value.data_ptr() for name, value in oracle.named_parameters() if name.endswith(".mlp.gate.weight")}
+    head = oracle.lm_head.weight.data_ptr()
+    kept = {value.data_ptr() for name, value in oracle.named_parameters() if name.endswith(".mlp.gate.weight")}
     functional = torch.nn.functional
     linear = functional.linear
 
     def rounded(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        return linear(x if weight.data_ptr() in kept else rounding(x.detach()), weight, bias)
+        if weight.data_ptr() not in kept:
+            x = (of_head if weight.data_ptr() == head else rounding)(x.detach())
+        return linear(x, weight, bias)
 
     functional.linear = rounded  # type: ignore[assignment]
     try:

@@ -28,12 +28,14 @@ class Recipe:
     order: bool = False
     activation: str | None = None
     scales: torch.dtype = BF16
+    activation_group: int | None = None
 
     @property
     def name(self) -> str:
         parts = [f"{self.kind}g{self.group or 'row'}", str(self.scales).removeprefix("torch.")]
         parts += [n for n in ("zeros", "order") if getattr(self, n)]
-        return "-".join(parts + ([f"a{self.activation}"] if self.activation else []))
+        activation = f"a{self.activation}" + (f"g{self.activation_group}" if self.activation_group else "")
+        return "-".join(parts + ([activation] if self.activation else []))
 
     def bytes(self, n: int, k: int) -> int:
         groups = -(-k // (self.group or k)) if k else 0
@@ -62,7 +64,15 @@ class Recipe:
         if self.order and order is None:
             order = torch.randperm(k, generator=g)
         return QuantizedWeight(
-            self.kind, values, scales, size, zeros, order if self.order else None, self.activation, dtype
+            self.kind,
+            values,
+            scales,
+            size,
+            zeros,
+            order if self.order else None,
+            self.activation,
+            dtype,
+            self.activation_group,
         )
 
 
@@ -148,9 +158,20 @@ RECIPES = [
     Recipe("int8", 0, scales=F32),
     Recipe("int8", 24, zeros=True, scales=torch.float16, order=True),
     Recipe("int8", 0, activation="int8"),
+    Recipe("int8", 0, activation="int8", zeros=True),
+    Recipe("int8", 0, activation="int8", scales=F32, activation_group=64),
+    Recipe("int8", 24, activation="int8", scales=torch.float16, activation_group=24),
+    Recipe("int4", 32, activation="int8", activation_group=32),
+    Recipe("int4", 0, activation="int8", scales=F32, activation_group=40),
     Recipe("fp8", 64),
     Recipe("fp8", 0, activation="fp8", scales=F32),
 ]
+
+
+FP8 = Recipe("fp8", 64)
+# What weights="int8" and "int4" make.
+OWN_INT8 = Recipe("int8", 0, activation="int8", scales=F32, activation_group=64)
+OWN_INT4 = Recipe("int4", 32, activation="int8", activation_group=32)
 
 
 def _small() -> list[Case]:
@@ -161,10 +182,13 @@ def _small() -> list[Case]:
                 extra = {"bias": rows == 5, "residual": rows == 5, "strided": rows == 15}
                 cases.append(QuantizedLinearCase(dtype, rows=rows, width=width, out=out, recipe=recipe, **extra))
             cases.append(QuantizedSwigluCase(dtype, rows=3, width=72, inner=40, recipe=recipe))
-        for recipe in (RECIPES[0], RECIPES[2], RECIPES[7], RECIPES[8]):
+        for recipe in (RECIPES[0], RECIPES[2], RECIPES[7], FP8, OWN_INT8, OWN_INT4):
             cases.append(QuantizedMoeCase(dtype, rows=7, width=64, inner=24, recipe=recipe))
         for rows, width, out in ((0, 64, 32), (1, 1, 1), (3, 7, 5), (4, 0, 3), (2, 32, 0)):
             cases.append(QuantizedLinearCase(dtype, rows=rows, width=width, out=out, recipe=Recipe(group=0)))
+        for recipe in (OWN_INT8, OWN_INT4):
+            for rows, width, out in ((0, 64, 32), (1, 1, 1), (3, 7, 5), (2, 64, 0), (9, 1029, 65), (200, 70, 33)):
+                cases.append(QuantizedLinearCase(dtype, rows=rows, width=width, out=out, recipe=recipe))
     return cases
 
 
@@ -172,6 +196,16 @@ SMALL_QUANTIZED = _small()
 INT4, INT8 = Recipe(), Recipe("int8", 0, scales=F32)
 REAL_QUANTIZED = [
     QuantizedLinearCase(BF16, kind="real", rows=rows, width=width, out=out, recipe=recipe)
-    for recipe in (INT4, INT8, Recipe(zeros=True, group=128, scales=torch.float16), Recipe("fp8", 128))
+    for recipe in (
+        INT4,
+        INT8,
+        OWN_INT4,
+        OWN_INT8,
+        Recipe(zeros=True, group=128, scales=torch.float16),
+        Recipe("fp8", 128),
+    )
     for rows, width, out in ((1, 1024, 3072), (4, 3072, 1024), (40, 1024, 1024))
-] + [QuantizedMoeCase(BF16, kind="real", rows=1, width=2048, inner=768, experts=8, top_k=8, recipe=INT4)]
+] + [
+    QuantizedMoeCase(BF16, kind="real", rows=1, width=2048, inner=768, experts=8, top_k=8, recipe=recipe)
+    for recipe in (INT4, OWN_INT4)
+]

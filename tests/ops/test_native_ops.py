@@ -28,6 +28,8 @@ from ops.cases import (
     rope_table,
 )
 from ops.quantized_cases import (
+    OWN_INT4,
+    OWN_INT8,
     REAL_QUANTIZED,
     SMALL_QUANTIZED,
     QuantizedLinearCase,
@@ -101,7 +103,11 @@ ROWS = [
     QuantizedLinearCase(rows=37, width=192, out=77, recipe=Recipe("int8", 0, activation="int8")),
     QuantizedLinearCase(rows=37, width=192, out=77, recipe=Recipe("fp8", 64)),
     QuantizedSwigluCase(rows=37, width=192, inner=99, recipe=Recipe(zeros=True)),
+    QuantizedLinearCase(rows=37, width=264, out=77, recipe=OWN_INT8),
+    QuantizedLinearCase(rows=190, width=1281, out=70, recipe=OWN_INT4),
+    QuantizedSwigluCase(rows=37, width=192, inner=99, recipe=OWN_INT8),
     QuantizedMoeCase(rows=37, recipe=Recipe()),
+    QuantizedMoeCase(rows=37, recipe=OWN_INT4),
 ]
 
 
