@@ -18,7 +18,7 @@ from .checkpoint import Checkpoint
 from .strict_json import shown
 
 KEY = "pagelens"
-VERSION = 2
+VERSION = 1
 PREFIX = "packed."  # of the tensors; the rest of the name is the model's own name of the part
 Form = Literal["linear", "swiglu", "moe"]
 FORMS: dict[str, int] = {"linear": 1, "swiglu": 2, "moe": 2}  # layouts each has
@@ -69,9 +69,9 @@ def read_packed(config: Mapping[str, Any]) -> PackedFolder | None:
     if not isinstance(raw, Mapping) or not isinstance(raw.get("parts"), Mapping):
         fail("must be an object with the key parts")
     if raw.get("version") != VERSION:
-        fail(f"version {raw.get('version')!r} is not the one that is read, {VERSION}")
+        fail(f"version {shown(raw.get('version'))} is not the one that is read, {VERSION}")
     if raw.get("dtype") not in ("float32", "bfloat16") or raw.get("weights") not in ("auto", "int8", "int4"):
-        fail(f"dtype {raw.get('dtype')!r} or weights {raw.get('weights')!r} is unknown")
+        fail(f"dtype {shown(raw.get('dtype'))} or weights {shown(raw.get('weights'))} is unknown")
     parts = {}
     for name, entries in raw["parts"].items():
         if not isinstance(entries, list) or not 1 <= len(entries) <= 16:

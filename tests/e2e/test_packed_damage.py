@@ -317,7 +317,7 @@ def test_parts_of_another_form_with_bytes_that_fit_it(folders: dict[str, Folder]
     folder = folders["mixed"]
 
     def layout(n: int, k: int) -> list[Any]:
-        return [n, k, 0, False, 0, 0, 0, 1, False, False]
+        return [n, k, 0, False, 0, 0, 0, 1, False, False, 0]
 
     linear = {"form": "linear", "layouts": [layout(96 + 96 + 64, 64)], "count": 0, "shared": []}
     blob = torch.zeros(bytes_of(256, 64), dtype=torch.uint8)
