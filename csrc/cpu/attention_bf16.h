@@ -9,6 +9,7 @@
 // order. A decode whose chunks run on several threads has the bits of a row of a prefill.
 #pragma once
 #include "common/simd.h"
+#include "cpu/transpose.h"
 
 #ifdef PAGELENS_ISA_AVX512_BF16
 namespace pagelens::PAGELENS_ISA {
@@ -21,29 +22,6 @@ constexpr int64_t kPairs = kBlockKeys / 2;
   #define PAGELENS_DOT_SPLAT(acc, x, at) asm("vdpbf16ps %2%{1to16%}, %1, %0" : "+v"(acc) : "v"(x), "m"(*(at)))
 
 // ---- a block in the layout of the products -------------------------------------------------------------------------
-// rows[16] of 16 words -> to[16][32]: word i of row j becomes to[i * 32 + j].
-PAGELENS_INLINE void turn_16(const __m512i (&rows)[16], uint32_t* to) {
-  __m512i a[16], b[16];
-  PAGELENS_UNROLL for (int i = 0; i < 16; i += 2) {
-    a[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
-    a[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
-  }
-  PAGELENS_UNROLL for (int i = 0; i < 16; i += 4) PAGELENS_UNROLL for (int j = 0; j < 2; j++) {
-    b[i + 2 * j] = _mm512_unpacklo_epi64(a[i + j], a[i + 2 + j]);
-    b[i + 2 * j + 1] = _mm512_unpackhi_epi64(a[i + j], a[i + 2 + j]);
-  }
-  // b[4q + c]: of rows 4q..4q+3 the words c, c + 4, c + 8, c + 12, one in each 128-bit lane
-  PAGELENS_UNROLL for (int c = 0; c < 4; c++) {
-    const __m512i even = _mm512_shuffle_i32x4(b[c], b[4 + c], 0x88), odd = _mm512_shuffle_i32x4(b[c], b[4 + c], 0xdd);
-    const __m512i even2 = _mm512_shuffle_i32x4(b[8 + c], b[12 + c], 0x88),
-                  odd2 = _mm512_shuffle_i32x4(b[8 + c], b[12 + c], 0xdd);
-    _mm512_storeu_si512(to + c * 32, _mm512_shuffle_i32x4(even, even2, 0x88));
-    _mm512_storeu_si512(to + (c + 8) * 32, _mm512_shuffle_i32x4(even, even2, 0xdd));
-    _mm512_storeu_si512(to + (c + 4) * 32, _mm512_shuffle_i32x4(odd, odd2, 0x88));
-    _mm512_storeu_si512(to + (c + 12) * 32, _mm512_shuffle_i32x4(odd, odd2, 0xdd));
-  }
-}
-
 // at[t]: the rows of 32 keys, null from the first that is not there. turned: [dim/2][32] words, zeros for those.
 inline void turn_keys(const bf16* const* at, int64_t dim, uint32_t* turned) {
   for (int64_t half = 0; half < 2; half++)
@@ -53,7 +31,7 @@ inline void turn_keys(const bf16* const* at, int64_t dim, uint32_t* turned) {
         const bf16* row = at[half * 16 + t];
         rows[t] = row ? _mm512_loadu_si512(row + i) : _mm512_setzero_si512();
       }
-      turn_16(rows, turned + i / 2 * 32 + half * 16);
+      transpose_16(rows, turned + i / 2 * kBlockKeys + half * 16, kBlockKeys);
     }
 }
 

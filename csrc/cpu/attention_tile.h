@@ -4,6 +4,7 @@
 // instruction multiplies and adds. Of keys and queries the two are neighbours in a row; of values, two keys.
 #pragma once
 #include "common/simd.h"
+#include "cpu/transpose.h"
 
 namespace pagelens::PAGELENS_ISA {
 
@@ -86,24 +87,9 @@ PAGELENS_INLINE ProductFn product_fn(int rows) {
 PAGELENS_INLINE void transpose_rows(const uint32_t* from, int64_t pitch, int64_t words, uint32_t* to, int64_t L) {
 #if defined(PAGELENS_ISA_AVX512) || defined(PAGELENS_ISA_AVX512_BF16)
   for (int64_t i = 0; i < words; i += 16) {
-    __m512i r[16], t[16];
-    PAGELENS_UNROLL for (int j = 0; j < 16; j++) r[j] = _mm512_loadu_si512(from + j * pitch + i);
-    PAGELENS_UNROLL for (int j = 0; j < 16; j += 2) {
-      t[j] = _mm512_unpacklo_epi32(r[j], r[j + 1]);
-      t[j + 1] = _mm512_unpackhi_epi32(r[j], r[j + 1]);
-    }
-    PAGELENS_UNROLL for (int j = 0; j < 16; j += 4) PAGELENS_UNROLL for (int h = 0; h < 2; h++) {
-      r[j + 2 * h] = _mm512_unpacklo_epi64(t[j + h], t[j + 2 + h]);
-      r[j + 2 * h + 1] = _mm512_unpackhi_epi64(t[j + h], t[j + 2 + h]);
-    }
-    PAGELENS_UNROLL for (int j = 0; j < 4; j++) {
-      const __m512i a = _mm512_shuffle_i32x4(r[j], r[4 + j], 0x88), b = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], 0x88);
-      const __m512i c = _mm512_shuffle_i32x4(r[j], r[4 + j], 0xdd), d = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], 0xdd);
-      _mm512_storeu_si512(to + (i + j) * L, _mm512_shuffle_i32x4(a, b, 0x88));
-      _mm512_storeu_si512(to + (i + j + 4) * L, _mm512_shuffle_i32x4(c, d, 0x88));
-      _mm512_storeu_si512(to + (i + j + 8) * L, _mm512_shuffle_i32x4(a, b, 0xdd));
-      _mm512_storeu_si512(to + (i + j + 12) * L, _mm512_shuffle_i32x4(c, d, 0xdd));
-    }
+    __m512i rows[16];
+    PAGELENS_UNROLL for (int j = 0; j < 16; j++) rows[j] = _mm512_loadu_si512(from + j * pitch + i);
+    transpose_16(rows, to + i * L, L);
   }
 #else
   for (int64_t i = 0; i < words; i++)
