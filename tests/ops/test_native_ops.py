@@ -5,7 +5,6 @@ Also: a row's bits do not depend on the rows, chunks and threads around it; alia
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
@@ -44,23 +43,6 @@ from pagelens.errors import EngineClosedError, ShapeError, UnsupportedError
 from pagelens.ops import OpCase
 from pagelens.ops.native import NativeOps
 from pagelens.ops.reference import ReferenceOps
-
-ISAS = _native.supported_isas()
-CHOSEN = _native.isa()
-
-
-@pytest.fixture(params=ISAS)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    _native.set_isa(request.param)
-    yield request.param
-    _native.set_isa(CHOSEN)
-
-
-@pytest.fixture(scope="module")
-def native() -> Iterator[NativeOps]:
-    ops = NativeOps(2)
-    yield ops
-    ops.close()
 
 
 @cache

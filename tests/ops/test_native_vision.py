@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -21,26 +20,9 @@ from ops.vision_cases import (
 )
 from torch import Tensor
 
-from pagelens import _native
 from pagelens.errors import ShapeError
 from pagelens.ops.native import NativeOps
 from pagelens.ops.reference import ReferenceOps
-
-CHOSEN = _native.isa()
-
-
-@pytest.fixture(params=_native.supported_isas())
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    _native.set_isa(request.param)
-    yield request.param
-    _native.set_isa(CHOSEN)
-
-
-@pytest.fixture(scope="module")
-def native() -> Iterator[NativeOps]:
-    ops = NativeOps(2)
-    yield ops
-    ops.close()
 
 
 @cache

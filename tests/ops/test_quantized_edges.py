@@ -2,34 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
 
-from pagelens import _native
 from pagelens.ops.native import NativeOps
 from pagelens.ops.reference import ReferenceOps
 from pagelens.quantization import QuantizedWeight, quantize
 
 F32, BF16 = torch.float32, torch.bfloat16
-CHOSEN = _native.isa()
 ROWS = (1, 4, 5)  # both ways through the kernels
-
-
-@pytest.fixture(params=_native.supported_isas())
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    _native.set_isa(request.param)
-    yield request.param
-    _native.set_isa(CHOSEN)
-
-
-@pytest.fixture(scope="module")
-def native() -> Iterator[NativeOps]:
-    ops = NativeOps(2)
-    yield ops
-    ops.close()
 
 
 def ones(activation: str | None = None, dtype: torch.dtype = F32, scale: float = 1.0) -> QuantizedWeight:
