@@ -43,9 +43,7 @@ def ensure(name: str, cache: Path, pythons: dict[str, Path]) -> Path:
     return path
 
 
-def command_for(
-    name: str, out: Path, need: Callable[[str], Path], pythons: dict[str, Path]
-) -> list[str | Path]:
+def command_for(name: str, out: Path, need: Callable[[str], Path], pythons: dict[str, Path]) -> list[str | Path]:
     if name == QWEN3_FOLDER:
         return [pythons["ours"], "-m", "benchmarks.peers.make_qwen3", out]
     if name == OCR_FOLDER:

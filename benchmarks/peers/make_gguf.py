@@ -3,14 +3,13 @@
     python -m benchmarks.peers.make_gguf MODEL FORMAT OUT [--checkpoint FOLDER]
 
 MODEL is qwen3-0.6b, deepseek-ocr (its text model) or qwen3-30b-a3b; FORMAT is bf16, q8_0 or q4_0. With --checkpoint the
-folder's weights are converted; without, blocks of random bytes are written (30 billion weights would take long to round).
+folder's weights are converted; without, random blocks are written (to round 30 billion weights would take long).
 Every matrix gets FORMAT, table and head too, which is llama.cpp's fastest; its own tool keeps more bits there.
 """
 
 from __future__ import annotations
 
 import argparse
-
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path

@@ -76,7 +76,9 @@ def matrix_bytes(shapes: list[tuple[int, int]], width: str) -> float:
 
 
 QWEN3 = DecoderSizes("qwen3-0.6b", 28, 1024, 16, 8, 128, 3072, 151936, dense_layers=28)
-OCR = DecoderSizes("deepseek-ocr", 12, 1280, 10, 10, 128, 6848, 129280, 1, experts=6, num_experts=64, expert=896, shared=1792)
+OCR = DecoderSizes(
+    "deepseek-ocr", 12, 1280, 10, 10, 128, 6848, 129280, 1, experts=6, num_experts=64, expert=896, shared=1792
+)
 QWEN3_30B = DecoderSizes("qwen3-30b-a3b", 48, 2048, 32, 4, 128, 6144, 151936, 0, experts=8, num_experts=128, expert=768)
 
 

@@ -46,7 +46,7 @@ def neck(ops: Any, dtype: str) -> Call:
 
 # name -> its call; exact: in float32 on the numbers that the timed one has in bfloat16, for the reference
 CALLS: dict[str, Callable[[Any, bool], Call]] = {
-    "linear-bf16": lambda ops, exact: linear(ops, "bf16"),
+    "linear-bf16": lambda ops, exact: linear(ops, "exact" if exact else "bf16"),
     "linear-fp32": lambda ops, exact: linear(ops, "fp32"),
     "window-attention": lambda ops, exact: attention(
         ops, op_inputs.WINDOWS, op_inputs.WINDOW, op_inputs.WINDOW, "exact" if exact else "bf16"

@@ -42,12 +42,12 @@ class Ours:
         self._draw = random.Random(1)
 
     def describe(self) -> dict[str, Any]:
-        weights, dtype = self._spec.get("weights", "auto"), self._spec.get("dtype", "bfloat16")
-        return {"engine": f"pagelens {pagelens.__version__}", "settings": f"weights {weights}, {dtype}, {_native.isa()}"}
+        settings = f"weights {self._spec.get('weights', 'auto')}, {self._spec.get('dtype', 'bfloat16')}"
+        return {"engine": f"pagelens {pagelens.__version__}", "settings": f"{settings}, {_native.isa()}"}
 
     def handle(self, request: dict[str, Any]) -> dict[str, Any]:
         """prepare: compute a prompt of `depth` tokens; decode: seconds a step behind it; prefill: seconds of a prompt
-        that was not there before; logits: of `ids`, into a file; encode: seconds of the encoder, its features in a file.
+        that was not there before; logits: those of `ids`, into a file; encode: seconds of a view, features into a file.
         """
         op = request["op"]
         if op == "prepare":
@@ -88,9 +88,7 @@ class Ours:
     def _start(self, prompts: list[list[int]]) -> list[Any]:
         """Requests that each have their first token."""
         engine, sampling = self._engine, SamplingParams(max_tokens=ROOM - 2, **SAMPLING)  # type: ignore[arg-type]
-        states = [
-            engine.add_request(engine.inputs.build(prompt, sampling, str(i))) for i, prompt in enumerate(prompts)
-        ]
+        states = [engine.add_request(engine.inputs.build(prompt, sampling, str(i))) for i, prompt in enumerate(prompts)]
         while any(state.answers[0].sequence.num_generated == 0 for state in states):
             engine.step()
         return states

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import select
@@ -49,8 +50,8 @@ class WorkerProcess:
 
     def ask(self, request: dict[str, Any]) -> dict[str, Any]:
         """Send a request and wait for its answer. Raises WorkerError."""
-        if self._process.stdin is None:
-            raise WorkerError(f"{self.module}: no input")
+        if self._process.stdin is None or self._process.stdin.closed:
+            raise WorkerError(f"{self.module} was stopped")
         try:
             self._process.stdin.write(json.dumps(request).encode() + b"\n")
             self._process.stdin.flush()
@@ -61,7 +62,8 @@ class WorkerProcess:
     def stop(self) -> None:
         """End the process; its memory is free when this returns."""
         if self._process.stdin is not None:
-            self._process.stdin.close()
+            with contextlib.suppress(BrokenPipeError):
+                self._process.stdin.close()
         try:
             self._process.wait(10)
         except subprocess.TimeoutExpired:

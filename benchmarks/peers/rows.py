@@ -1,4 +1,4 @@
-"""What is compared: workloads, who runs them, what they need of the machine and what is aimed at. Standard library only."""
+"""What is compared: workloads, who runs them, what they need of the machine, and the goals. Standard library only."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def worker(module: str, environment: str, gib: float, artifact: str | None = Non
     return WorkerSpec(module, environment, tuple(sorted(spec.items())), gib * GIB, artifact)
 
 
-def variant(name: str, process: WorkerSpec, own: bool = False, **request: Any) -> Variant:
+def variant(name: str, process: WorkerSpec, /, own: bool = False, **request: Any) -> Variant:
     return Variant(name, process, request, own)
 
 
@@ -150,6 +150,7 @@ def qwen3_batch(batch: int, keeps: float) -> Row:
         needs={"read": QWEN3.decode_bytes("bf16", 0) / 1e9},
         goal=Goal(keeps=keeps),
         rounds=7,
+        quality="qwen3-0.6b",
         scale=batch,
     )
 
@@ -276,7 +277,9 @@ def all_rows() -> list[Row]:
         op_row("linear-fp32", "linear 4096x768x3072, fp32", LINEAR_GFLOP, "fp32", Goal(ratio=1.4)),
         op_row("window-attention", "window attention 25x12x196x64", window_flops() / 1e9, "bf16", Goal(ratio=2.8)),
         op_row("global-attention", "global attention 12x4096x64", global_flops() / 1e9, "bf16", Goal(ratio=2.8)),
-        op_row("neck", "neck, conv 3x3 s2 256->512->1024", NECK_GFLOP, "bf16", Goal(ratio=1.3), ("neck, channels last",)),
+        op_row(
+            "neck", "neck, conv 3x3 s2 256->512->1024", NECK_GFLOP, "bf16", Goal(ratio=1.3), ("neck, channels last",)
+        ),
         qwen3_batch(4, 3.2),
         qwen3_batch(16, 6.0),
         *qwen3_rows("bf16", (0.90, 1.4), (0.92, 1.5), Goal(share=0.80, ratio=1.5)),
@@ -292,9 +295,7 @@ def all_rows() -> list[Row]:
     ]
 
 
-def qwen3_rows(
-    width: str, shallow: tuple[float, float], deep: tuple[float, float], prefill: Goal | None
-) -> list[Row]:
+def qwen3_rows(width: str, shallow: tuple[float, float], deep: tuple[float, float], prefill: Goal | None) -> list[Row]:
     """shallow: share and ratio at depth 0. deep: what depth 512 keeps of depth 0's rate, and the ratio at any depth."""
     rows = [qwen3_prefill(width, prefill)] if prefill else []
     rows.append(qwen3_decode(width, 0, Goal(share=shallow[0], ratio=shallow[1])))

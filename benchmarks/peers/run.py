@@ -40,6 +40,7 @@ class Bench:
         if self.results_file.exists() and not options.fresh:
             self.results = json.loads(self.results_file.read_text())
         self._running: dict[WorkerSpec, WorkerProcess] = {}
+        self._launched = 0
         self._about: dict[WorkerSpec, dict[str, Any]] = {}
         self._quality: dict[tuple[str, WorkerSpec], float] = {}
 
@@ -53,7 +54,8 @@ class Bench:
         }
         if spec.artifact:
             values["model"] = str(ensure(spec.artifact, self.cache, self.pythons))
-        log = self.cache / "logs" / f"{spec.module}.log"
+        self._launched += 1
+        log = self.cache / "logs" / f"{self._launched}-{spec.module}.log"
         return WorkerProcess(self.pythons[spec.environment], spec.module, values, log)
 
     def start_ready(self, spec: WorkerSpec) -> WorkerProcess:
@@ -116,11 +118,13 @@ class Bench:
         else:
             variants = [row.ours, *row.rivals]
             self.start_all([PROBE, *dict.fromkeys(variant.worker for variant in variants)], notes)
-            for spec in [spec for spec in self._running if spec.module != "probe"]:
-                self._about[spec]["used"] = True
             quality = self._prepare(row)
             pairs = self._take_turns(row)
-        workers = {spec.module: self._about[spec] for spec in [v.worker for v in [row.ours, *row.rivals]] if spec in self._about}
+        workers = {
+            spec.module: self._about[spec]
+            for spec in [v.worker for v in [row.ours, *row.rivals]]
+            if spec in self._about
+        }
         self.results["rows"][row.id] = {
             "title": row.title,
             "when": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -210,7 +214,7 @@ def cpu_name() -> str:
 
 
 def chosen_rows(patterns: str, rows: list[Row]) -> list[Row]:
-    """Rows whose id begins with, or matches, one of the patterns (commas between); without patterns all but slow ones."""
+    """Rows whose id begins with or matches one of the patterns (commas between); without one all but the slow."""
     wanted = [pattern.strip() for pattern in patterns.split(",") if pattern.strip()]
     if not wanted:
         return [row for row in rows if not row.slow]
@@ -274,7 +278,9 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=0, help="rounds of pairs; default: as many as a row asks for")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--plain-priority", action="store_true", help="do not ask for top scheduling priority")
-    parser.add_argument("--cache", type=Path, default=ROOT / "build" / "peers", help="folder for models and results")
+    parser.add_argument(
+        "--cache", type=Path, default=ROOT / "build" / "peers-cache", help="folder for models and results"
+    )
     parser.add_argument("--peers-python", type=Path, default=ROOT / ".venv-peers" / "bin" / "python")
     parser.add_argument("--torch-python", type=Path, default=ROOT / ".venv-peers-torch" / "bin" / "python")
     return parser.parse_args()

@@ -1,4 +1,4 @@
-"""What the measured pairs of a row come to: medians, ratios, shares of the limits, and a verdict. Standard library only."""
+"""What the measured pairs of a row come to: medians, ratios, shares of limits, a verdict. Standard library only."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Goal:
-    """What a row aims at; None: nothing. share: of the probed limits; ratio: over the best rival; keeps: see rows.py."""
+    """What a row aims at; None: nothing. share: of the probed limits; ratio: over the best rival; keeps: see judge."""
 
     share: float | None = None
     ratio: float | None = None

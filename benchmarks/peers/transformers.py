@@ -80,7 +80,10 @@ def make_ocr_text(dtype: torch.dtype) -> TextModel:
     config._attn_implementation = "sdpa"
     torch.set_default_dtype(dtype)
     with torch.device("meta"):
-        body, head = ocr_model.UnlimitedOcrTextModel(config), nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        body, head = (
+            ocr_model.UnlimitedOcrTextModel(config),
+            nn.Linear(config.hidden_size, config.vocab_size, bias=False),
+        )
     # Rotary frequencies are not weights: they come from a model of one layer that is made as usual.
     body.to_empty(device="cpu")
     head.to_empty(device="cpu")
