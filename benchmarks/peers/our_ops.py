@@ -61,7 +61,8 @@ class OurOps:
 
     def __init__(self, spec: dict[str, Any]) -> None:
         self._ops = NativeOps(spec["threads"])
-        self._name, self._call, self._error = "", None, 0.0
+        self._name, self._error = "", 0.0
+        self._call: Call | None = None
 
     def describe(self) -> dict[str, Any]:
         return {"engine": f"pagelens {pagelens.__version__}", "settings": self._ops.isa}
@@ -71,10 +72,11 @@ class OurOps:
         if request["name"] != self._name:
             self._call = None
             make = CALLS[request["name"]]
-            self._name, self._call = request["name"], make(self._ops, False)
-            self._error = relative_error(self._call(), make(ReferenceOps(), True)())
+            call = make(self._ops, False)
+            self._error = relative_error(call(), make(ReferenceOps(), True)())
             if self._error > MOST_ERROR:
-                raise RuntimeError(f"{self._name} differs from the reference by {self._error:.2e}")
+                raise RuntimeError(f"{request['name']} differs from the reference by {self._error:.2e}")
+            self._name, self._call = request["name"], call
         if request["op"] == "prepare" or self._call is None:
             return {"error_norm": self._error}
         return {"seconds": time_calls(self._call)}

@@ -54,22 +54,28 @@ class Ours:
             self._cancel(self._start(self._prompts(request["depth"], request.get("batch", 1))))
             return {}
         if op == "decode":
-            running = self._start(self._prompts(request["depth"], request.get("batch", 1)))
-            seconds = time_steps(self._engine.step, request["steps"])
-            self._cancel(running)
-            return {"seconds": seconds}
+            return self._decode(request)
         if op == "prefill":
-            prompt = [self._draw.randrange(self._engine.inputs.vocab_size) for _ in range(request["tokens"])]
-            running: list[Any] = []
-            seconds = time_once(lambda: running.extend(self._start([prompt])))
-            self._cancel(running)
-            return {"seconds": seconds}
+            return self._prefill(request)
         if op == "logits":
             np.save(request["file"], self._logits(request["ids"]).numpy())
             return {}
         if op == "encode":
             return self._encode(request)
         raise ValueError(f"unknown op {op!r}")
+
+    def _decode(self, request: dict[str, Any]) -> dict[str, Any]:
+        running = self._start(self._prompts(request["depth"], request.get("batch", 1)))
+        seconds = time_steps(self._engine.step, request["steps"])
+        self._cancel(running)
+        return {"seconds": seconds}
+
+    def _prefill(self, request: dict[str, Any]) -> dict[str, Any]:
+        prompt = [self._draw.randrange(self._engine.inputs.vocab_size) for _ in range(request["tokens"])]
+        running: list[Any] = []
+        seconds = time_once(lambda: running.extend(self._start([prompt])))
+        self._cancel(running)
+        return {"seconds": seconds}
 
     def _encode(self, request: dict[str, Any]) -> dict[str, Any]:
         model: Any = self._engine.runner.model
@@ -112,7 +118,8 @@ class Ours:
             logit_rows=places,
         )
         with torch.inference_mode():
-            return self._engine.runner.model.forward(batch, kv)
+            logits: torch.Tensor = self._engine.runner.model.forward(batch, kv)
+        return logits
 
 
 if __name__ == "__main__":

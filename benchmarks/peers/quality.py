@@ -18,7 +18,8 @@ def mean_kl(reference: Array, logits: Array) -> float:
 
 def log_softmax(rows: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     shifted = rows - rows.max(axis=1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    logs: npt.NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    return logs
 
 
 def cosine(reference: Array, features: Array) -> float:

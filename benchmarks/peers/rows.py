@@ -111,7 +111,8 @@ def qwen3_decode(width: str, depth: int, goal: Goal) -> Row:
 
 
 def qwen3_prefill(width: str, goal: Goal) -> Row:
-    found, request = qwen3_workers(width), {"op": "prefill", "tokens": 512}
+    found = qwen3_workers(width)
+    request: dict[str, Any] = {"op": "prefill", "tokens": 512}
     rivals = llama_variants(found["llama"], **request)
     rivals += [variant(name, found[key], **request) for name, key in PEERS if key in found]
     return Row(
@@ -140,7 +141,7 @@ def prefill_needs(sizes: DecoderSizes, tokens: int, width: str) -> dict[str, flo
 
 def qwen3_batch(batch: int, keeps: float) -> Row:
     ours = worker("ours", "ours", 5, "qwen3-0.6b", weights="auto", batch=16)
-    request = {"op": "decode", "depth": 0, "steps": 12}
+    request: dict[str, Any] = {"op": "decode", "depth": 0, "steps": 12}
     return Row(
         id=f"qwen3-batch-{batch}-bf16",
         title=f"Qwen3-0.6B, tokens/s of {batch} rows over one row, bf16",
@@ -171,7 +172,7 @@ def ocr_transformers() -> WorkerSpec:
 
 def ocr_decode(width: str, goal: Goal) -> Row:
     ours, llama = ocr_workers(width)
-    request = {"op": "decode", "depth": 0, "steps": STEPS[width]}
+    request: dict[str, Any] = {"op": "decode", "depth": 0, "steps": STEPS[width]}
     rivals = llama_variants(llama, **request)
     if width == "bf16":
         rivals.append(variant("transformers", ocr_transformers(), op="decode", depth=0, steps=SLOW_STEPS))
@@ -190,7 +191,7 @@ def ocr_decode(width: str, goal: Goal) -> Row:
 
 def ocr_prefill(goal: Goal) -> Row:
     ours, llama = ocr_workers("bf16")
-    request = {"op": "prefill", "tokens": 300}
+    request: dict[str, Any] = {"op": "prefill", "tokens": 300}
     return Row(
         id="ocr-prefill-300-bf16",
         title="DeepSeek-OCR prefill of 300, bf16",
@@ -206,7 +207,7 @@ def ocr_prefill(goal: Goal) -> Row:
 
 def encoder_row(width: str, goal: Goal) -> Row:
     plain = worker("ours", "ours", 8, "deepseek-ocr", weights="auto")
-    request = {"op": "encode"}
+    request: dict[str, Any] = {"op": "encode"}
     if width == "bf16":
         ours = variant("ours", plain, **request)
         peer = worker("transformers", "torch", 3, "deepseek-ocr", kind="encoder", dtype="bf16")
@@ -231,7 +232,7 @@ def encoder_row(width: str, goal: Goal) -> Row:
 
 # ---- Qwen3-30B-A3B ---------------------------------------------------------------------------------------------------
 def large_row() -> Row:
-    request = {"op": "decode", "depth": 0, "steps": 24}
+    request: dict[str, Any] = {"op": "decode", "depth": 0, "steps": 24}
     ours = worker("ours", "ours", 18, model=QWEN3_30B.name, weights="int4", random_weights=True)
     llama = worker("llama_cpp", "peers", 18.5, f"{QWEN3_30B.name}-q4_0.gguf")
     return Row(

@@ -17,15 +17,15 @@ import time
 from pathlib import Path
 from typing import Any
 
-from . import references, table
+from . import references
 from .artifacts import ensure
 from .process import ROOT, WorkerError, WorkerProcess
+from .report import is_judged, report, summarise, write_between_marks
 from .rows import Row, Variant, WorkerSpec, all_rows, worker
 
 PAUSE_S = 0.03  # for threads of the last sample to fall asleep
 SPARE_BYTES = 1 << 30
 PROBE = worker("probe", "ours", 1)
-QUALITY_NAMES = {"qwen3-0.6b": "KL", "deepseek-ocr": "KL", "encoder": "cosine", "op": "error"}
 
 
 class Bench:
@@ -224,56 +224,14 @@ def chosen_rows(patterns: str, rows: list[Row]) -> list[Row]:
     return found
 
 
-def summarise(row: Row, stored: dict[str, Any]) -> tuple[table.Result, list[str]]:
-    own = next((rival.name for rival in row.rivals if rival.own), None)
-    result = table.judge(table.pairs_from(stored["pairs"]), row.needs, row.goal, row.scale, own)
-    name = QUALITY_NAMES.get(row.quality or "", "")
-    return result, table.line(row.title, row.unit, row.goal, result, stored["quality"], name)
-
-
-def print_results(results: dict[str, Any], rows: list[Row]) -> None:
-    """The table, every peer's ratio, versions and settings, and all of it as JSON."""
-    lines, ratios, about, notes, record = [], [], {}, [], []
-    for row in rows:
-        stored = results["rows"].get(row.id)
-        if stored is None:
-            continue
-        result, texts = summarise(row, stored)
-        lines.append(texts)
-        ratios.append(f"{row.id}: " + ", ".join(f"{name} {ratio:.2f}" for name, ratio in result.rivals.items()))
-        for module, found in stored["workers"].items():
-            priority = "top priority" if found.get("top_priority") else "plain priority"
-            about[f"{found['engine']}: {found['settings']}; {priority}"] = module
-        notes += [f"{row.id}: {note}" for note in stored["notes"]]
-        record.append(
-            {
-                "id": row.id,
-                "ours_s": result.ours_s,
-                "ratios": result.rivals,
-                "share": result.share,
-                "keeps": result.keeps,
-                "probe": {"kind": result.probe_kind, "range": result.probe_range},
-                "quality": stored["quality"],
-                "verdict": result.verdict,
-                "when": stored["when"],
-            }
-        )
-    machine = results.get("machine", {})
-    print(f"\n{machine.get('cpu')}, {machine.get('threads')} threads\n")
-    print(table.markdown(lines))
-    print("\nHow many times faster than each:", *ratios, sep="\n  ")
-    print("\nEngines:", *about, sep="\n  ")
-    if notes:
-        print("\nNotes:", *notes, sep="\n  ")
-    print(json.dumps({"machine": machine, "rows": record}))
-
-
 def read_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", default="", help="ids or patterns with commas; default: all but the 30B model")
     parser.add_argument("--list", action="store_true", help="print the ids of all rows")
     parser.add_argument("--prepare", action="store_true", help="only make the files that the rows need")
     parser.add_argument("--table", action="store_true", help="only print what was measured before")
+    parser.add_argument("--missing", action="store_true", help="only rows that are not measured, or not judged")
+    parser.add_argument("--document", type=Path, help="write the table between the marks of this file, too")
     parser.add_argument("--fresh", action="store_true", help="forget what was measured before")
     parser.add_argument("--rounds", type=int, default=0, help="rounds of pairs; default: as many as a row asks for")
     parser.add_argument("--threads", type=int, default=2)
@@ -296,6 +254,8 @@ def main() -> int:
     options.cache.mkdir(parents=True, exist_ok=True)
     bench, failed = Bench(options), []
     wanted = [] if options.table else chosen_rows(options.rows, rows)
+    if options.missing:
+        wanted = [row for row in wanted if not is_judged(row, bench.results)]
     try:
         for row in wanted:
             started = time.monotonic()
@@ -312,7 +272,10 @@ def main() -> int:
     finally:
         bench.stop_all()
     if not options.prepare:
-        print_results(bench.results, rows)
+        text, record = report(bench.results, rows)
+        print(f"\n{text}\n{json.dumps(record)}")
+        if options.document:
+            write_between_marks(options.document, text)
     return 1 if failed else 0
 
 

@@ -66,7 +66,8 @@ class TorchOps:
     def __init__(self, spec: dict[str, Any]) -> None:
         torch.set_num_threads(spec["threads"])
         torch.set_grad_enabled(False)
-        self._name, self._call = "", None
+        self._name = ""
+        self._call: Call | None = None
 
     def describe(self) -> dict[str, Any]:
         return {"engine": f"torch {torch.__version__}", "settings": f"{torch.get_num_threads()} threads"}

@@ -18,6 +18,7 @@ from .protocol import serve
 from .timing import time_once, time_steps
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+UNUSED = "model.vision_model.embeddings.patch_embedding.weight"  # this CLIP gets SAM's features instead of pixels
 # DeepSeek-OCR's names to those of transformers' encoder.
 RENAMES = (
     (r"^model\.sam_model\.blocks\.(\d+)\.norm([12])\.", r"sam_encoder.layers.\1.layer_norm\2."),
@@ -80,11 +81,9 @@ def make_ocr_text(dtype: torch.dtype) -> TextModel:
     config._attn_implementation = "sdpa"
     torch.set_default_dtype(dtype)
     with torch.device("meta"):
-        body, head = (
-            ocr_model.UnlimitedOcrTextModel(config),
-            nn.Linear(config.hidden_size, config.vocab_size, bias=False),
-        )
-    # Rotary frequencies are not weights: they come from a model of one layer that is made as usual.
+        body = ocr_model.UnlimitedOcrTextModel(config)
+        head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+    # Rotary frequencies are no weights: that module is made as usual.
     body.to_empty(device="cpu")
     head.to_empty(device="cpu")
     body.rotary_emb = type(body.rotary_emb)(config)
@@ -137,6 +136,8 @@ def read_encoder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, "pt") as file:
             for name in file.keys():  # noqa: SIM118 - not a dictionary
+                if name == UNUSED:
+                    continue
                 if name.startswith("model.projector.layers."):
                     projector[name.rpartition(".")[2]] = file.get_tensor(name)
                 elif name.startswith(("model.sam_model.", "model.vision_model.")):

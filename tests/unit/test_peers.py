@@ -30,7 +30,9 @@ def load(name: str) -> ModuleType:
     return importlib.import_module(f"peers_benchmark.{name}")
 
 
-table, models, quality, rows, run, process = map(load, ("table", "models", "quality", "rows", "run", "process"))
+table, models, quality, rows, report, run, process = map(
+    load, ("table", "models", "quality", "rows", "report", "run", "process")
+)
 
 
 def pair(rival: str, ours_s: float, rival_s: float, read: float = 50.0, **limits: float) -> Any:
@@ -160,6 +162,31 @@ def test_the_least_bytes_of_a_token_are_those_of_the_weights_it_uses(sizes: Any)
     assert sizes.decode_bytes("int4", 0) < sizes.decode_bytes("int8", 0) < sizes.decode_bytes("bf16", 0)
     with pytest.raises(ValueError, match="fp8"):
         sizes.decode_bytes("fp8", 0)
+
+
+def stored(row: Any, **probes: float) -> dict[str, Any]:
+    rival = row.rivals[0].name
+    found = {"rival": rival, "ours_s": 0.02, "rival_s": 0.05, "probes": [probes, probes]}
+    worker = {"engine": "pagelens 1", "settings": "fast", "top_priority": True}
+    fields = {"pairs": [found], "quality": {"ours": 0.5}, "workers": {"ours": worker}, "notes": ["a note"]}
+    return {"title": row.title, "when": "today", **fields}
+
+
+def test_the_report_holds_what_is_stored_and_replaces_the_last(tmp_path: Path) -> None:
+    first, second, third = (row for row in rows.all_rows() if row.id.startswith("qwen3-decode-0"))
+    results = {"rows": {first.id: stored(first, read=50.0), second.id: stored(second, read=30.0)}}
+    text, record = report.report(results, [first, second, third])
+    assert [found["id"] for found in record["rows"]] == [first.id, second.id]
+    assert f"- {first.id}: {first.rivals[0].name} 2.50" in text.splitlines()
+    assert "- pagelens 1: fast; top priority" in text
+    assert [report.is_judged(row, results) for row in (first, second, third)] == [True, False, False]
+    file = tmp_path / "page.md"
+    file.write_text(f"head\n{report.MARKS[0]}\nold\n{report.MARKS[1]}\ntail\n")
+    report.write_between_marks(file, text)
+    assert file.read_text() == f"head\n{report.MARKS[0]}\n{text}\n{report.MARKS[1]}\ntail\n"
+    file.write_text("no marks")
+    with pytest.raises(SystemExit, match="has no <!-- measured -->"):
+        report.write_between_marks(file, text)
 
 
 # ---- quality ---------------------------------------------------------------------------------------------------------
