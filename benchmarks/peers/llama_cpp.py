@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import random
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import llama_cpp as library
@@ -38,14 +39,33 @@ class Context:
         self._vocab = library.llama_vocab_n_tokens(library.llama_model_get_vocab(model))
         self._filled = 0
         self._draw = random.Random(1)
+        # The cache is float16 whatever the weights are: one file serves a model in every format.
+        file = Path(spec["model"])
+        name = f"state-{file.name.rpartition('-')[0]}-{'with' if flash_attention else 'without'}-flash"
+        self._saved = file.with_name(name)
 
     def put_at(self, depth: int) -> None:
-        """Cut the sequence to `depth` tokens, or prefill until it has them."""
+        """Cut the sequence to `depth` tokens, or prefill until it has them (a long one is kept in a file)."""
         if self._filled > depth:
             library.llama_memory_seq_rm(self._memory, 0, depth, -1)
             self._filled = depth
+        saved = Path(f"{self._saved}-{depth}.bin")
+        if self._filled < depth and saved.exists():
+            self._load(saved, depth)
+        missing = depth - self._filled
         while self._filled < depth:
             self.decode(self._tokens(min(UBATCH, depth - self._filled)))
+        if missing > UBATCH:
+            tokens = (library.llama_token * depth)()
+            library.llama_state_seq_save_file(self._context, str(saved).encode(), 0, tokens, depth)
+
+    def _load(self, saved: Path, depth: int) -> None:
+        library.llama_memory_clear(self._memory, True)
+        tokens, count = (library.llama_token * depth)(), ctypes.c_size_t()
+        arguments = (self._context, str(saved).encode(), 0, tokens, depth, ctypes.byref(count))
+        if not library.llama_state_seq_load_file(*arguments) or count.value != depth:
+            raise RuntimeError(f"llama.cpp cannot load {saved}; delete it")
+        self._filled = depth
 
     def decode(self, ids: list[int]) -> None:
         """One pass over tokens behind the sequence; logits of the last are computed."""

@@ -32,7 +32,8 @@ class Ours:
                 weights=spec.get("weights", "auto"),
                 num_threads=spec["threads"],
                 max_model_len=max(spec.get("max_depth", 0), 512) + ROOM,
-                max_num_seqs=spec.get("batch", 1),
+                # Room for two depths: a sample at one must not push the other out of the cache.
+                max_num_seqs=max(spec.get("batch", 1), 2),
                 random_weights=spec.get("random_weights", False),
                 # A prompt that was there before is found again, so that each sample begins at the same depth.
                 prefix_cache=True,

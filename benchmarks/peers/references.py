@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -62,8 +63,9 @@ def ensure_reference(kind: str, cache: Path, start: Start) -> Path:
 
 def compare(kind: str, cache: Path, process: WorkerProcess) -> float:
     """Mean KL of logits, or cosine of features, of a worker beside the reference."""
-    found = cache / "answer.npy"
+    found = cache / f"answer-{os.getpid()}.npy"
     process.ask(request_for(kind, cache, found))
     reference: Array = np.load(cache / f"reference-{kind}.npy")
     answer: Array = np.load(found)
+    found.unlink()
     return cosine(reference, answer) if kind == "encoder" else mean_kl(reference, answer)

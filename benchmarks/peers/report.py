@@ -21,7 +21,7 @@ def summarise(row: Row, stored: dict[str, Any]) -> tuple[table.Result, list[str]
 
 def is_judged(row: Row, results: dict[str, Any]) -> bool:
     stored = results["rows"].get(row.id)
-    return stored is not None and summarise(row, stored)[0].judged > 0
+    return stored is not None and not summarise(row, stored)[0].verdict.startswith("not judged")
 
 
 def report(results: dict[str, Any], rows: list[Row]) -> tuple[str, dict[str, Any]]:

@@ -35,7 +35,7 @@ class Bench:
         self.options = options
         self.cache: Path = options.cache
         self.pythons = {"ours": Path(sys.executable), "peers": options.peers_python, "torch": options.torch_python}
-        self.results_file = self.cache / "results.json"
+        self.results_file: Path = options.results or self.cache / "results.json"
         self.results: dict[str, Any] = {"rows": {}}
         if self.results_file.exists() and not options.fresh:
             self.results = json.loads(self.results_file.read_text())
@@ -55,7 +55,7 @@ class Bench:
         if spec.artifact:
             values["model"] = str(ensure(spec.artifact, self.cache, self.pythons))
         self._launched += 1
-        log = self.cache / "logs" / f"{self._launched}-{spec.module}.log"
+        log = self.cache / "logs" / f"{os.getpid()}-{self._launched}-{spec.module}.log"
         return WorkerProcess(self.pythons[spec.environment], spec.module, values, log)
 
     def start_ready(self, spec: WorkerSpec) -> WorkerProcess:
@@ -140,24 +140,22 @@ class Bench:
     def _prepare(self, row: Row) -> dict[str, float]:
         """Bring everyone to the row's depth, and compare answers. Returns name -> quality."""
         quality: dict[str, float] = {}
-        for variant in [row.ours, *row.rivals]:
-            process = self._running.get(variant.worker)
-            if process is None:
+        running = [v for v in [row.ours, *row.rivals] if v.worker in self._running]
+        for variant in running:  # before the depths: logits are computed in the sequences' place
+            if row.quality not in references.REFEREES or variant.worker.artifact is None or variant.own:
                 continue
-            request = variant.request
-            if request["op"] in ("decode", "call"):
-                found = process.ask({**request, "op": "prepare"})
+            key = (row.quality, variant.worker)
+            if key not in self._quality:
+                self._quality[key] = references.compare(row.quality, self.cache, self._running[variant.worker])
+            quality[variant.name.removesuffix(" fa off").removesuffix(" fa on")] = self._quality[key]
+        for variant in running:
+            if variant.request["op"] in ("decode", "call"):
+                started = time.monotonic()
+                found = self._running[variant.worker].ask({**variant.request, "op": "prepare"})
+                if time.monotonic() - started > 5:
+                    print(f"{row.id}: {variant.name} ready after {time.monotonic() - started:.0f} s", file=sys.stderr)
                 if "error_norm" in found:
                     quality["ours"] = found["error_norm"]
-            comparable = row.quality in references.REFEREES and variant.worker.artifact is not None and not variant.own
-            if comparable and row.quality is not None:
-                key = (row.quality, variant.worker)
-                if key not in self._quality:
-                    self._quality[key] = references.compare(row.quality, self.cache, process)
-                quality[variant.name.removesuffix(" fa off").removesuffix(" fa on")] = self._quality[key]
-        for variant in [row.ours, *row.rivals]:  # logits were computed in the sequences' place
-            if variant.worker in self._running and variant.request["op"] == "decode":
-                self._running[variant.worker].ask({**variant.request, "op": "prepare"})
         return quality
 
     def _take_turns(self, row: Row) -> list[dict[str, Any]]:
@@ -239,6 +237,7 @@ def read_options() -> argparse.Namespace:
     parser.add_argument(
         "--cache", type=Path, default=ROOT / "build" / "peers-cache", help="folder for models and results"
     )
+    parser.add_argument("--results", type=Path, help="file of what was measured; default: results.json in the cache")
     parser.add_argument("--peers-python", type=Path, default=ROOT / ".venv-peers" / "bin" / "python")
     parser.add_argument("--torch-python", type=Path, default=ROOT / ".venv-peers-torch" / "bin" / "python")
     return parser.parse_args()

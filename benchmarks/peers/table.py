@@ -43,7 +43,7 @@ class Result:
     rivals_s: dict[str, float]
     share: float | None
     keeps: float | None
-    judged: int  # pairs that count
+    judged: int  # pairs in which the limit was high enough; of every rival at least one, or the verdict says so
     pairs: int
     probe_range: tuple[float, float]
     probe_kind: str
@@ -60,14 +60,15 @@ def judge(pairs: list[Pair], needs: dict[str, float], goal: Goal, scale: float =
     needs  name of a limit -> G of work of one unit: what the unit must take is the sum of work over limit
     scale  units of ours that one of ours' samples is worth beside one of a rival's
     own    name of a rival that is ours in another setting: it is no peer, `keeps` is the ratio over it
-    Rows that need reading count only pairs probed at SLOW_GB_S or more; if there are none, all count and nothing is
-    judged.
+    Rows that need reading count only pairs probed at SLOW_GB_S or more. A rival that has none is shown by its slow ones,
+    and then nothing is judged.
     """
     if not pairs:
         raise ValueError("no pairs were measured")
+    names = list(dict.fromkeys(pair.rival for pair in pairs))
     fast = [pair for pair in pairs if "read" not in needs or pair.limit("read") >= SLOW_GB_S]
-    counted = fast or pairs
-    names = list(dict.fromkeys(pair.rival for pair in counted))
+    unjudged = [name for name in names if name not in {pair.rival for pair in fast}]
+    counted = fast + [pair for pair in pairs if pair.rival in unjudged]
     ratios = {
         name: statistics.median(scale * pair.rival_s / pair.ours_s for pair in counted if pair.rival == name)
         for name in names
@@ -76,10 +77,11 @@ def judge(pairs: list[Pair], needs: dict[str, float], goal: Goal, scale: float =
     keeps = ratios.pop(own, None) if own else None
     kind = "read" if "read" in needs or not needs else max(needs, key=lambda name: needs[name])
     rates = [probe[kind] for pair in pairs for probe in pair.probes]
-    share = statistics.median(floor_s(needs, pair) / pair.ours_s for pair in counted) if needs else None
-    verdict = "not judged: probe under 40 GB/s" if not fast else decide(goal, share, ratios, keeps)
+    share = statistics.median(floor_s(needs, pair) / pair.ours_s for pair in fast or pairs) if needs else None
+    beside = "" if len(unjudged) == len(names) else f" beside {', '.join(unjudged)}"
+    verdict = f"not judged: probe under {SLOW_GB_S:g} GB/s{beside}" if unjudged else decide(goal, share, ratios, keeps)
     return Result(
-        ours_s=statistics.median(pair.ours_s for pair in counted),
+        ours_s=statistics.median(pair.ours_s for pair in fast or pairs),
         rivals=ratios,
         rivals_s=seconds,
         share=share,

@@ -44,14 +44,19 @@ class TextModel:
         self._cache: Any = None
 
     def prepare(self, depth: int) -> None:
-        """Fill the cache with `depth` tokens, or cut it to them."""
+        """A cache of `depth` tokens: noise (its values cost no time), later cut back to it."""
         filled = 0 if self._cache is None else self._cache.get_seq_length()
-        if not depth or filled < depth:
-            self._cache = library.DynamicCache()
-            if depth:
-                self.run(self._tokens(depth))
-        elif filled > depth:
+        if depth and filled >= depth:
             self._cache.crop(depth)
+            return
+        self._cache = library.DynamicCache()
+        if depth:
+            self.run(self._tokens(1))
+            layers = [(layer.keys, layer.values) for layer in self._cache.layers]
+            self._cache = library.DynamicCache()
+            for i, (keys, _) in enumerate(layers):
+                shape = (*keys.shape[:2], depth, keys.shape[3])
+                self._cache.update(torch.randn(shape, dtype=keys.dtype), torch.randn(shape, dtype=keys.dtype), i)
 
     def run(self, ids: Tensor) -> Tensor:
         """Logits [V] of the last of new tokens."""

@@ -82,6 +82,14 @@ def test_with_slow_pairs_alone_nothing_is_judged() -> None:
     assert result.verdict == "not judged: probe under 40 GB/s"
 
 
+def test_a_peer_seen_in_slow_phases_alone_leaves_the_row_unjudged() -> None:
+    pairs = [pair("a", 1, 3), pair("b", 2, 3, read=32), pair("b", 2, 3, read=30)]
+    result = table.judge(pairs, {"read": 25.0}, table.Goal(ratio=1.0))
+    assert result.rivals == {"a": 3.0, "b": 1.5}
+    assert (result.ours_s, result.share, result.judged) == (1, 0.5, 1)
+    assert result.verdict == "not judged: probe under 40 GB/s beside b"
+
+
 def test_work_without_reading_is_judged_in_any_phase() -> None:
     result = table.judge([pair("a", 1, 3, read=32, bf16=400.0, int8=800.0)], {"bf16": 100, "int8": 400}, table.Goal())
     assert result.share == 0.75  # a quarter of a second and half a second, one after the other
