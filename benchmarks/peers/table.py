@@ -60,8 +60,8 @@ def judge(pairs: list[Pair], needs: dict[str, float], goal: Goal, scale: float =
     needs  name of a limit -> G of work of one unit: what the unit must take is the sum of work over limit
     scale  units of ours that one of ours' samples is worth beside one of a rival's
     own    name of a rival that is ours in another setting: it is no peer, `keeps` is the ratio over it
-    Rows that need reading count only pairs probed at SLOW_GB_S or more. A rival that has none is shown by its slow ones,
-    and then nothing is judged.
+    Rows that need reading count only pairs probed at SLOW_GB_S or more. A rival that has none is shown by its slow
+    ones, and then nothing is judged.
     """
     if not pairs:
         raise ValueError("no pairs were measured")

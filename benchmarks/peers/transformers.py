@@ -47,7 +47,8 @@ class TextModel:
         """A cache of `depth` tokens: noise (its values cost no time), later cut back to it."""
         filled = 0 if self._cache is None else self._cache.get_seq_length()
         if depth and filled >= depth:
-            self._cache.crop(depth)
+            if filled > depth:
+                self._cache.crop(depth - filled)  # a negative number: so many tokens are removed
             return
         self._cache = library.DynamicCache()
         if depth:
