@@ -14,7 +14,8 @@ QUALITY_NAMES = {"qwen3-0.6b": "KL", "deepseek-ocr": "KL", "encoder": "cosine", 
 
 def summarise(row: Row, stored: dict[str, Any]) -> tuple[table.Result, list[str]]:
     own = next((rival.name for rival in row.rivals if rival.own), None)
-    result = table.judge(table.pairs_from(stored["pairs"]), row.needs, row.goal, row.scale, own)
+    cosine = stored["quality"].get("ours") if row.quality == "encoder" else None
+    result = table.judge(table.pairs_from(stored["pairs"]), row.needs, row.goal, row.scale, own, cosine)
     name = QUALITY_NAMES.get(row.quality or "", "")
     return result, table.line(row.title, row.unit, row.goal, result, stored["quality"], name)
 

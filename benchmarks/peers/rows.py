@@ -291,7 +291,7 @@ def all_rows() -> list[Row]:
         ocr_decode("int8", Goal(share=0.85, ratio=1.7)),
         ocr_decode("int4", Goal(share=0.72, ratio=1.5)),
         encoder_row("bf16", Goal(share=round(1 / 1.15, 2), ratio=2.1)),
-        encoder_row("int8", Goal(keeps=round(1 / 0.70, 2))),
+        encoder_row("int8", Goal(keeps=round(1 / 0.70, 2), cosine=0.999)),
         large_row(),
     ]
 

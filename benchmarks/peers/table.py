@@ -29,11 +29,18 @@ class Pair:
 
 @dataclass(frozen=True)
 class Goal:
-    """What a row aims at; None: nothing. share: of the probed limits; ratio: over the best rival; keeps: see judge."""
+    """What a row aims at, at least; None: nothing.
+
+    share   of the probed limits
+    ratio   over the best rival
+    keeps   over ours in another setting
+    cosine  of the features with float32's
+    """
 
     share: float | None = None
     ratio: float | None = None
     keeps: float | None = None
+    cosine: float | None = None
 
 
 @dataclass(frozen=True)
@@ -54,12 +61,20 @@ class Result:
         return min(self.rivals, key=lambda name: self.rivals[name]) if self.rivals else None
 
 
-def judge(pairs: list[Pair], needs: dict[str, float], goal: Goal, scale: float = 1.0, own: str | None = None) -> Result:
+def judge(
+    pairs: list[Pair],
+    needs: dict[str, float],
+    goal: Goal,
+    scale: float = 1.0,
+    own: str | None = None,
+    cosine: float | None = None,
+) -> Result:
     """The figures of a row.
 
     needs  name of a limit -> G of work of one unit: what the unit must take is the sum of work over limit
     scale  units of ours that one of ours' samples is worth beside one of a rival's
     own    name of a rival that is ours in another setting: it is no peer, `keeps` is the ratio over it
+    cosine  what ours reached, where the goal asks for it
     Rows that need reading count only pairs probed at SLOW_GB_S or more. A rival that has none is shown by its slow
     ones, and then nothing is judged.
     """
@@ -79,7 +94,11 @@ def judge(pairs: list[Pair], needs: dict[str, float], goal: Goal, scale: float =
     rates = [probe[kind] for pair in pairs for probe in pair.probes]
     share = statistics.median(floor_s(needs, pair) / pair.ours_s for pair in fast or pairs) if needs else None
     beside = "" if len(unjudged) == len(names) else f" beside {', '.join(unjudged)}"
-    verdict = f"not judged: probe under {SLOW_GB_S:g} GB/s{beside}" if unjudged else decide(goal, share, ratios, keeps)
+    verdict = (
+        f"not judged: probe under {SLOW_GB_S:g} GB/s{beside}"
+        if unjudged
+        else decide(goal, share, ratios, keeps, cosine)
+    )
     return Result(
         ours_s=statistics.median(pair.ours_s for pair in fast or pairs),
         rivals=ratios,
@@ -99,7 +118,7 @@ def floor_s(needs: dict[str, float], pair: Pair) -> float:
     return sum(work / pair.limit(kind) for kind, work in needs.items())
 
 
-def decide(goal: Goal, share: float | None, ratios: dict[str, float], keeps: float | None) -> str:
+def decide(goal: Goal, share: float | None, ratios: dict[str, float], keeps: float | None, cosine: float | None) -> str:
     """ "met", or what is missed. A ratio also counts as met where our share of the limit is GOOD_SHARE."""
     missed = [f"slower than {name}" for name, ratio in ratios.items() if ratio < 1]
     if goal.share is not None and (share is None or share < goal.share):
@@ -108,7 +127,9 @@ def decide(goal: Goal, share: float | None, ratios: dict[str, float], keeps: flo
     if goal.ratio is not None and not near and (not ratios or min(ratios.values()) < goal.ratio):
         missed.append("ratio")
     if goal.keeps is not None and (keeps is None or keeps < goal.keeps):
-        missed.append("kept")
+        missed.append("own ratio")
+    if goal.cosine is not None and (cosine is None or cosine < goal.cosine):
+        missed.append("cosine")
     return "missed: " + ", ".join(missed) if missed else "met"
 
 
@@ -131,7 +152,8 @@ def line(title: str, unit: str, goal: Goal, result: Result, quality: dict[str, f
     low, high = result.probe_range
     probe_unit = "GB/s" if result.probe_kind == "read" else "GF/s" if result.probe_kind != "int8" else "GOP/s"
     judged = "" if result.judged == result.pairs else f", {result.judged} of {result.pairs} pairs"
-    figures = ", ".join(f"{name} {value:.3g}" for name, value in quality.items())
+    digits = ".6f" if quality_name == "cosine" else ".3g"
+    figures = ", ".join(f"{name} {value:{digits}}" for name, value in quality.items())
     return [
         title,
         shown_time(result.ours_s, unit),

@@ -56,7 +56,7 @@ def test_ratios_are_medians_of_pairs_and_the_best_peer_counts() -> None:
         ({"ratio": 2.0, "share": 0.5}, "met"),
         ({"ratio": 2.1, "share": 0.5}, "missed: ratio"),
         ({"ratio": 2.1, "share": 0.6}, "missed: share, ratio"),
-        ({"keeps": 0.9}, "missed: kept"),
+        ({"keeps": 0.9}, "missed: own ratio"),
     ],
 )
 def test_goals(goal: dict[str, float], verdict: str) -> None:
@@ -105,7 +105,13 @@ def test_our_own_other_setting_is_no_peer() -> None:
     assert result.share is None
     assert result.verdict == "met"
     alone = table.judge(pairs[:1], {}, table.Goal(keeps=2.1), scale=4, own="one row")
-    assert (alone.best, alone.verdict) == (None, "missed: kept")
+    assert (alone.best, alone.verdict) == (None, "missed: own ratio")
+
+
+def test_a_cosine_is_asked_for() -> None:
+    goal = table.Goal(cosine=0.999)
+    found = [table.judge([pair("a", 1, 2)], {}, goal, cosine=cosine).verdict for cosine in (0.9991, 0.9989, None)]
+    assert found == ["met", "missed: cosine", "missed: cosine"]
 
 
 def test_no_pairs_are_an_error() -> None:
