@@ -26,7 +26,7 @@ from .table import SLOW_GB_S
 
 WAIT_S = 1.0
 PAUSE_S = 0.03  # for threads of the last sample to fall asleep
-SPARE_BYTES = 1 << 30
+SPARE_BYTES = 1 << 29
 PROBE = worker("probe", "ours", 1)
 
 
