@@ -236,7 +236,7 @@ def large_row() -> Row:
     ours = worker("ours", "ours", 18, model=QWEN3_30B.name, weights="int4", random_weights=True)
     llama = worker("llama_cpp", "peers", 18.5, f"{QWEN3_30B.name}-q4_0.gguf")
     return Row(
-        id="qwen3-30b-decode-0-int4",
+        id="30b-decode-0-int4",
         title="Qwen3-30B-A3B decode, int4",
         unit="token",
         ours=variant("ours", ours, **request),
