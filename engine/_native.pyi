@@ -7,6 +7,9 @@ import numpy.typing as npt
 
 # (address, rows, columns, row stride in elements, 0 float32 | 1 bfloat16)
 Matrix = tuple[int, int, int, int, int]
+# (keys, values, key scales, value scales, num_blocks, block_size, num_kv_heads, head_dim): a layer of the KV-cache; the
+# scales are 0 unless it is an int8 cache
+Cache = tuple[int, int, int, int, int, int, int, int]
 
 class ThreadPool:
     def __init__(self, num_threads: int) -> None: ...
@@ -78,12 +81,8 @@ def qk_norm_rope_store(
     cos: int,
     sin: int,
     num_positions: int,
-    keys: int,
-    values: int,
-    num_slots: int,
+    cache: Cache,
     num_heads: int,
-    num_kv_heads: int,
-    head_dim: int,
     q_norm: int,
     k_norm: int,
     eps: float,
@@ -93,13 +92,8 @@ def qk_norm_rope_store(
 def paged_attention(
     pool: ThreadPool,
     q: Matrix,
-    keys: int,
-    values: int,
-    num_blocks: int,
-    block_size: int,
+    cache: Cache,
     num_heads: int,
-    num_kv_heads: int,
-    head_dim: int,
     block_tables: int,
     max_blocks: int,
     query_starts: int,

@@ -171,6 +171,12 @@ def add_engine_options(parser: argparse.ArgumentParser, needs_model: bool = Fals
         choices=("auto", "int8", "int4"),
         help="quantise the decoder as it is read; auto: not",
     )
+    parser.add_argument(
+        "--kv-cache-dtype",
+        default="auto",
+        choices=("auto", "int8"),
+        help="how keys and values are kept; auto: as the activations",
+    )
     parser.add_argument("--threads", type=int, help="threads of the native kernels; default: one a physical core")
     parser.add_argument(
         "--random-weights", action="store_true", help="noise for weights: --model is a preset or needs only config.json"
@@ -182,6 +188,7 @@ def engine_options(args: argparse.Namespace) -> dict[str, Any]:
         "dtype": args.dtype,
         "backend": args.backend,
         "weights": args.weights,
+        "kv_cache_dtype": args.kv_cache_dtype,
         "num_threads": args.threads,
         "random_weights": args.random_weights,
     }

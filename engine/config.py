@@ -26,6 +26,8 @@ class EngineConfig:
     max_batch_tokens  most tokens in one forward pass; longer prompts are cut into chunks of this size
     kv_cache_bytes    size of the paged KV-cache; None = room for max_num_seqs sequences, at most 1 GiB
     block_size        tokens a KV block
+    kv_cache_dtype    "auto" keeps keys and values in the dtype of the activations; "int8" rounds each head's row to
+                      int8 with a float32 scale, which takes about half of the memory and of the reading
     weights           "auto" takes them as the checkpoint has them; "int8" (a scale a row) and "int4" (a scale for 32
                       inputs; the output head int8) quantise the decoder's linear layers as they are read, and round
                       their inputs to int8 (a scale for 64, with int4 for 32 of them)
@@ -45,6 +47,7 @@ class EngineConfig:
     max_batch_tokens: int = 2048
     kv_cache_bytes: int | None = None
     block_size: int = 16
+    kv_cache_dtype: Literal["auto", "int8"] = "auto"
     check_blocks: bool = False
     random_weights: bool | int = False
     prefix_cache: bool = True
@@ -56,6 +59,7 @@ class EngineConfig:
             "device": ("cpu",),
             "backend": ("auto", "reference", "native"),
             "weights": ("auto", "int8", "int4"),
+            "kv_cache_dtype": ("auto", "int8"),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:

@@ -59,7 +59,7 @@ class Engine:
         self.has_head: bool = getattr(model, "has_head", True)
         self.max_model_len = resolve_max_model_len(config, decoder.max_position_embeddings)
         num_blocks = plan_num_blocks(config, decoder, dtype, self.max_model_len)
-        kv = allocate(decoder, dtype, num_blocks, config.block_size)
+        kv = allocate(decoder, dtype, num_blocks, config.block_size, config.kv_cache_dtype)
         pool = BlockPool(num_blocks, config.block_size)
         cache = PrefixCache(pool) if config.prefix_cache else None
         self.scheduler = Scheduler(

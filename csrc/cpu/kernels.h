@@ -104,8 +104,9 @@ struct RopeArgs {
   const int32_t* slots;
   const float *cos, *sin;  // [num_positions, head_dim/2]
   int64_t num_positions;
-  void *keys, *values;  // [num_slots, num_kv_heads, head_dim], dtype of qkv
-  int64_t num_slots;
+  void *keys, *values;               // layout: cpu/kv_layout.h; of the dtype of qkv, or int8
+  float *key_scales, *value_scales;  // of an int8 cache, else null
+  int64_t num_blocks, block_size;
   int64_t num_heads, num_kv_heads, head_dim;
   const void *q_norm, *k_norm;  // [head_dim], dtype of qkv, or null
   float eps;
@@ -115,6 +116,7 @@ struct RopeArgs {
 struct AttentionArgs {
   Rows q, out;  // [N, num_heads * head_dim]
   const void *keys, *values;
+  const float *key_scales, *value_scales;  // of an int8 cache, else null
   int64_t num_blocks, block_size, num_heads, num_kv_heads, head_dim;
   const int32_t* block_tables;
   int64_t max_blocks;  // columns of block_tables

@@ -175,6 +175,7 @@ class DecoderLayer:
     def _attend(self, x: Tensor, batch: ForwardBatch, kv: KVCacheView, rope: RopeTable, scratch: Workspace) -> None:
         cfg, ops, n = self._config, self._ops, x.shape[0]
         keys, values = kv.keys[self._index], kv.values[self._index]
+        key_scales, value_scales = kv.scales(self._index)
         heads = (n, cfg.num_heads, cfg.head_dim)
         normed = scratch.take("normed", (n, cfg.hidden_size), x.dtype)
         ops.rms_norm(x, self._input_norm, cfg.rms_norm_eps, out=normed)
@@ -192,6 +193,8 @@ class DecoderLayer:
             self._k_norm,
             cfg.rms_norm_eps,
             out=scratch.take("q", heads, x.dtype),
+            key_scales=key_scales,
+            value_scales=value_scales,
         )
         seen = ops.paged_attention(
             q,
@@ -202,6 +205,8 @@ class DecoderLayer:
             batch.context_lens,
             self._scale,
             out=scratch.take("seen", heads, x.dtype),
+            key_scales=key_scales,
+            value_scales=value_scales,
         )
         ops.linear(seen.view(n, -1), self._o, residual=x, out=x)
 

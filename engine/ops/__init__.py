@@ -196,13 +196,23 @@ class Ops(Protocol):
         k_norm: Tensor | None = None,
         eps: float = 1e-6,
         out: Tensor | None = None,
+        key_scales: Tensor | None = None,
+        value_scales: Tensor | None = None,
     ) -> Tensor:
         """Optional RMSNorm of each q and k head, rotate-half RoPE on both, then k and v go to the paged cache.
 
         qkv [N, (H+2K)*D] laid out q | k | v; positions, slots [N] int32; keys, values [num_blocks, block_size, K, D]
-        are written in place at slot = block*block_size + offset. Rotation: pairs (i, i+D/2),
+        in qkv's dtype are written in place at slot = block*block_size + offset. Rotation: pairs (i, i+D/2),
         out_i = x_i cos_i - x_{i+D/2} sin_i; out_{i+D/2} = x_{i+D/2} cos_i + x_i sin_i, in float32.
         Returns the rotated queries [N, H, D]. A slot or position outside its table is a ShapeError.
+
+        How the elements of a block are arranged in keys[block] and values[block] is the backend's own matter: only its
+        paged_attention reads them. Blocks may be copied whole.
+
+        With key_scales and value_scales [num_blocks, K, block_size] float32 the cache is int8: keys and values are
+        uint8, as many bytes as elements, in the backend's own form. Each rotated key and each value row x [D] is
+        stored as round(x * (127 / m)), m its largest magnitude, ties to even, with the scale m / 127; as zeros with
+        the scale 0 if m < 1e-30, and with the scale NaN if it has a NaN or an infinity. A block's scales belong to it.
         """
 
     def paged_attention(
@@ -215,11 +225,15 @@ class Ops(Protocol):
         context_lens: Tensor,
         scale: float,
         out: Tensor | None = None,
+        key_scales: Tensor | None = None,
+        value_scales: Tensor | None = None,
     ) -> Tensor:
         """Causal attention over the paged cache, prefill chunks and decodes in one call, GQA (H a multiple of K).
 
         q [N, H, D]; query row t of sequence s (of n_s rows) stands at position context_lens[s] - n_s + t and sees the
         keys at positions <= its own, found through block_tables[s]. softmax(q.k * scale) v -> [N, H, D].
+        keys, values and scales are those that qk_norm_rope_store of the same backend filled. With an int8 cache the
+        native backend rounds queries and softmax weights to 15 and 16 bits of their largest.
         """
 
     def swiglu_ffn(self, x: Tensor, ffn: Any, residual: Tensor | None = None, out: Tensor | None = None) -> Tensor:
