@@ -5,9 +5,9 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/pip --disable-pip-version-check
 STAMP  := $(VENV)/.installed
 NATIVE := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h)
-CPP    := $(shell find csrc -name '*.cpp' -o -name '*.h')
+CPP    := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 
-.PHONY: setup demo test test-slow lint bench format clean
+.PHONY: setup demo test test-slow lint bench bench-peers setup-peers format clean
 
 setup: $(STAMP)
 
@@ -43,6 +43,23 @@ format: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m pytest benchmarks/bench_ops.py --benchmark-enable --benchmark-only
+
+# pagelens beside llama.cpp, OpenVINO, transformers and torch (docs/performance.md). ROWS='qwen3-decode,op-*' measures
+# these rows only; PEERS_OPTIONS are options of benchmarks/peers/run.py, such as --table or --prepare.
+bench-peers: $(STAMP) .venv-peers/.installed .venv-peers-torch/.installed
+	$(BIN)/python -m benchmarks.peers.run --rows '$(ROWS)' $(PEERS_OPTIONS)
+
+setup-peers: .venv-peers/.installed .venv-peers-torch/.installed
+
+.venv-peers/.installed: benchmarks/peers/requirements.txt
+	test -x .venv-peers/bin/python || $(PYTHON) -m venv .venv-peers
+	CMAKE_ARGS=-DGGML_NATIVE=ON .venv-peers/bin/pip --disable-pip-version-check install -q -r $<
+	touch $@
+
+.venv-peers-torch/.installed: benchmarks/peers/requirements-torch.txt
+	test -x .venv-peers-torch/bin/python || $(PYTHON) -m venv .venv-peers-torch
+	.venv-peers-torch/bin/pip --disable-pip-version-check install -q -r $<
+	touch $@
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
