@@ -218,7 +218,7 @@ std::shared_ptr<WeightBuffer> mapped(Address address, size_t bytes, size_t neede
 }
 
 template <class T>
-void bind_memory(py::class_<T>& type) {
+void bind_address(py::class_<T>& type) {
   type.def_property_readonly("num_bytes", [](const T& self) { return self.memory->size(); });
   type.def_property_readonly(
       "address", [](const T& self) { return reinterpret_cast<Address>(self.memory->data()); },
@@ -229,9 +229,9 @@ void bind_packing(py::module_& m) {
   py::class_<Linear> linear(m, "Linear");
   py::class_<Swiglu> swiglu(m, "Swiglu");
   py::class_<Moe> moe(m, "Moe");
-  bind_memory(linear);
-  bind_memory(swiglu);
-  bind_memory(moe);
+  bind_address(linear);
+  bind_address(swiglu);
+  bind_address(moe);
   m.def("pack_linear", [](ThreadPool& pool, const Shape& shape, const Content& content) {
     const LinearShape s = linear_shape(shape);
     return locked(pool, [&] {
@@ -466,5 +466,6 @@ PYBIND11_MODULE(_native, m) {
   bind_products(m);
   bind_window_attention(m);
   bind_convolutions(m);
+  bind_memory(m);
   bind_probe(m);
 }

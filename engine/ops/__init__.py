@@ -152,8 +152,11 @@ class Ops(Protocol):
         The tensors are views that live as long as `packed`.
         """
 
-    def map_packed(self, entry: PackedEntry, tensors: list[Tensor]) -> Any:
-        """The packed object whose bytes lie in `tensors`, which are used in place and kept alive, not copied."""
+    def map_packed(self, entry: PackedEntry, tensors: list[Tensor], copied: bool = False) -> Any:
+        """The packed object whose bytes lie in `tensors`, which are used in place and kept alive.
+
+        copied  the bytes are copied into huge pages instead, and the tensors are not kept
+        """
 
     # ---- decoder ---------------------------------------------------------------------------------------------------
     def embedding(self, token_ids: Tensor, table: Tensor, out: Tensor | None = None) -> Tensor:
@@ -271,7 +274,14 @@ class Ops(Protocol):
         """Non-overlapping patches times weight.  pixels [B, 3, S, S]; weight from pack_patch_embed -> [B, g, g, C]."""
 
     def window_attention(
-        self, qkv: Tensor, pad_qkv: Tensor, rel_h: Tensor, rel_w: Tensor, num_heads: int, window: int
+        self,
+        qkv: Tensor,
+        pad_qkv: Tensor,
+        rel_h: Tensor,
+        rel_w: Tensor,
+        num_heads: int,
+        window: int,
+        out: Tensor | None = None,
     ) -> Tensor:
         """SAM attention with decomposed relative positions (ViTDet), in windows or over the whole grid (window 0).
 
@@ -282,7 +292,7 @@ class Ops(Protocol):
         bfloat16 before they meet v (their sum is not). Returns [B, G, G, C].
         """
 
-    def attention(self, qkv: Tensor, num_heads: int) -> Tensor:
+    def attention(self, qkv: Tensor, num_heads: int, out: Tensor | None = None) -> Tensor:
         """Bidirectional attention.  qkv [B, T, 3*C] laid out q | k | v, scale 1/sqrt(D) -> [B, T, C].
 
         In bfloat16 the weights of the softmax may be rounded, as in window_attention.

@@ -170,7 +170,7 @@ class ReferenceOps(ReferenceVisionOps):
     def packed_memory(self, packed: Any) -> None:
         """Nothing here has the layout of the native kernels."""
 
-    def map_packed(self, entry: PackedEntry, tensors: list[Tensor]) -> Any:
+    def map_packed(self, entry: PackedEntry, tensors: list[Tensor], copied: bool = False) -> Any:
         raise UnsupportedError(
             "the folder holds weights in the layout of the native kernels, which backend reference cannot read; use "
             "backend='native', or the checkpoint that it was made from"

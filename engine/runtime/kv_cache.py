@@ -28,9 +28,9 @@ def plan_num_blocks(config: EngineConfig, decoder: DecoderConfig, dtype: torch.d
     """Blocks that config.kv_cache_bytes pays for.
 
     None = room for max_num_seqs sequences of max_model_len tokens, at most 1 GiB or one such sequence, whichever is
-    more, and never above half of the machine's memory. Raises ConfigError if not even one block fits, if max_model_len
-    was asked for and does not fit into the kv_cache_bytes that were asked for, or if kv_cache_dtype does not suit the
-    model.
+    more (with low_memory: for one), and never above half of the machine's memory. Raises ConfigError if not even one
+    block fits, if max_model_len was asked for and does not fit into the kv_cache_bytes that were asked for, or if
+    kv_cache_dtype does not suit the model.
     """
     if config.kv_cache_dtype == "int8" and decoder.head_dim % INT8_MULTIPLE:
         raise ConfigError(
@@ -40,7 +40,8 @@ def plan_num_blocks(config: EngineConfig, decoder: DecoderConfig, dtype: torch.d
     one_block = block_bytes(decoder, dtype, config.block_size, config.kv_cache_dtype)
     one_sequence = -(-max_model_len // config.block_size)
     if config.kv_cache_bytes is None:
-        blocks = min(config.max_num_seqs * one_sequence, max(DEFAULT_MAX_BYTES // one_block, one_sequence))
+        most = 0 if config.low_memory else DEFAULT_MAX_BYTES // one_block
+        blocks = min(config.max_num_seqs * one_sequence, max(most, one_sequence))
         return max(1, min(blocks, int(_physical_memory() * MEMORY_SHARE) // one_block))
     blocks = config.kv_cache_bytes // one_block
     if blocks == 0 or (config.max_model_len is not None and blocks < one_sequence):
