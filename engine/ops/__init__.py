@@ -306,6 +306,6 @@ class Ops(Protocol):
         Candidates stand in falling order of probability, lowest id first among equals. Weights are
         exp((logit - largest) / temperature), the difference in float32, all else in float64.
 
-        Backends add the weights in different orders: where uniform falls within some 1e-13 of a border between two
+        Backends add the weights in different orders: where uniform falls within some 1e-12 of a border between two
         candidates they may choose differently.
         """

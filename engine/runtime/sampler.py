@@ -103,7 +103,8 @@ class Sampler:
 
     def __init__(self, num_tokens: int | None = None, ops: Ops | None = None) -> None:
         self._num_tokens = num_tokens
-        self._choose = ReferenceSampling().sample if ops is None else ops.sample
+        self._choose_greedy = ReferenceSampling().sample
+        self._choose = self._choose_greedy if ops is None else ops.sample
 
     def sample(self, logits: Tensor, samplers: list[SequenceSampler]) -> list[Sampled]:
         """logits [L, V] float32, one row a sampler; they are changed in place."""
@@ -111,7 +112,10 @@ class Sampler:
         if self._num_tokens is not None:
             rows[:, self._num_tokens :] = -np.inf
         prepared = [sampler.prepare(row) for sampler, row in zip(samplers, rows, strict=True)]
-        tokens = self._choose(logits, [cut for _, cut in prepared])
+        cuts = [cut for _, cut in prepared]
+        # numpy's argmax of a row or two takes less than a call of the native op costs.
+        few = len(cuts) <= 2 and all(cut is GREEDY for cut in cuts)
+        tokens = (self._choose_greedy if few else self._choose)(logits, cuts)
         return [
             sampler.finish(token, row, raw)
             for sampler, token, row, (raw, _) in zip(samplers, tokens, rows, prepared, strict=True)
