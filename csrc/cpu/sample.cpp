@@ -82,7 +82,7 @@ PAGELENS_INLINE v4 larger_fold(vf x) {  // lanes i, i+4, i+8, ...: the largest
 #endif
 }
 
-// The largest lanes of four vectors. Lane by lane through memory took as long as all else in `row_maximum`.
+// The largest lane of each of four vectors, in registers (largest_lane goes through memory).
 PAGELENS_INLINE v4 largest_each(const vf (&x)[4]) {
   const v4 a = larger_fold(x[0]), b = larger_fold(x[1]), c = larger_fold(x[2]), d = larger_fold(x[3]);
   const v4 rows[4] = {
