@@ -4,10 +4,10 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/pip --disable-pip-version-check
 STAMP  := $(VENV)/.installed
-NATIVE := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h)
+NATIVE := $(filter-out csrc/tests/%,$(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h))
 CPP    := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 
-.PHONY: setup demo test test-slow lint bench bench-peers setup-peers format clean
+.PHONY: setup demo test test-slow sanitize test-aarch64 lint bench bench-peers setup-peers format clean
 
 setup: $(STAMP)
 
@@ -29,6 +29,16 @@ test: $(STAMP)
 test-slow: $(STAMP)
 	$(PIP) install -q --no-deps -r tests/requirements-slow.txt
 	$(BIN)/python -m pytest -m slow -s
+
+# The C++ test programs of csrc/tests over all kernels and the thread pool, under three sanitizers. Needs no .venv.
+sanitize:
+	$(PYTHON) tools/native_tests.py --sanitize address
+	$(PYTHON) tools/native_tests.py --sanitize thread
+
+# The same programs without a sanitizer, compiled for aarch64 and run by qemu (on Debian: g++-12-aarch64-linux-gnu and
+# qemu-user-static).
+test-aarch64:
+	$(PYTHON) tools/native_tests.py --target aarch64
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -312,6 +312,13 @@ void bind_rows(py::module_& m) {
 // the scales are 0 unless it is an int8 cache.
 using Cache = std::tuple<Address, Address, Address, Address, int64_t, int64_t, int64_t, int64_t>;
 
+void bind_sample(py::module_& m) {
+  m.def("sample", [](ThreadPool& pool, const Matrix& logits, Address cuts, Address tokens) {
+    const SampleArgs args{rows(logits), at<SampleCut>(cuts), at<int32_t>(tokens)};
+    locked(pool, [&] { kernels().sample(pool, args); });
+  });
+}
+
 void bind_attention(py::module_& m) {
   m.def("qk_norm_rope_store", [](ThreadPool& pool, const Matrix& qkv, Address positions, Address slots, Address cos,
                                  Address sin, int64_t num_positions, const Cache& cache, int64_t num_heads,
@@ -462,6 +469,7 @@ PYBIND11_MODULE(_native, m) {
   bind_program(m);
   bind_packing(m);
   bind_rows(m);
+  bind_sample(m);
   bind_attention(m);
   bind_products(m);
   bind_window_attention(m);

@@ -209,3 +209,5 @@ def probe_flops(pool: ThreadPool, kind: str, seconds: float = 0.1, repeats: int 
           products and additions. That is, the instruction that the kernels of the instruction set in use multiply with.
     Raises ValueError for another kind, and outside 0..60 seconds and 1..10000 repeats.
     """
+
+def sample(pool: ThreadPool, logits: Matrix, cuts: int, tokens: int, /) -> None: ...

@@ -77,7 +77,7 @@ class Engine:
             config.max_batch_tokens, config.max_num_seqs, max_blocks, config.block_size, self.runner.image_rows
         )
         bos_token_id, self._eos_token_ids = find_special_ids(decoder, tokenizer)
-        self.sampler = Sampler(count_tokens(tokenizer, self._eos_token_ids))
+        self.sampler = Sampler(count_tokens(tokenizer, self._eos_token_ids), getattr(model, "ops", None))
         self.inputs = InputBuilder(
             decoder.vocab_size,
             tokenizer,

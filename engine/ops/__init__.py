@@ -18,9 +18,9 @@ Common rules:
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -44,6 +44,7 @@ OP_NAMES = (
     "window_attention",
     "attention",
     "conv_downsample",
+    "sample",
 )
 
 
@@ -100,6 +101,20 @@ class Routing:
     weights: Tensor
     offsets: Tensor
     permutation: Tensor
+
+
+class SamplingCut(NamedTuple):
+    """How `sample` chooses from one row.
+
+    temperature 0: the largest logit, and the rest counts for nothing. Else top_k 0 and top_p 1 and min_p 0 cut nothing;
+    0 < top_p <= 1, 0 <= min_p <= 1, 0 <= uniform < 1.
+    """
+
+    temperature: float
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    uniform: float = 0.0
 
 
 class Program(Protocol):
@@ -302,4 +317,19 @@ class Ops(Protocol):
         """SAM neck and two stride-2 convolutions: conv1x1, LayerNorm over channels, conv3x3 pad 1, LayerNorm,
         conv3x3 stride 2 pad 1, conv3x3 stride 2 pad 1; no activation.  x [B, G, G, C] -> [B, G/4, G/4, F3]. In bfloat16
         the results of the norms and of the third convolution may be rounded on the way.
+        """
+
+    # ---- the next token --------------------------------------------------------------------------------------------
+    def sample(self, logits: Tensor, cuts: Sequence[SamplingCut]) -> list[int]:
+        """The next token of each row.  logits [N, V] float32, V >= 1, a cut a row; a row depends on its own cut alone.
+
+        -1 where the row's largest logit is not finite (a NaN counts as largest). With temperature 0 the largest logit,
+        the lowest id among equals. Else `uniform` inverts the cumulative distribution of softmax(row / temperature) cut
+        to the top_k largest logits (the lowest ids among equals), then to the tokens of at least min_p times the
+        largest probability, then to the fewest whose probabilities, renormalised after the cuts before, reach top_p.
+        Candidates stand in falling order of probability, lowest id first among equals. Weights are
+        exp((logit - largest) / temperature), the difference in float32, all else in float64.
+
+        Backends add the weights in different orders: where uniform falls within some 1e-12 of a border between two
+        candidates they may choose differently.
         """

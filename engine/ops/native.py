@@ -6,12 +6,15 @@ the process is changed. One call at a time: a second thread waits for the first.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 from torch import Tensor
 
 from .. import _native
 from ..errors import ConfigError, EngineClosedError, ShapeError, UnsupportedError
-from . import Activation, OpCase, RopeTable, Routing
+from . import Activation, OpCase, RopeTable, Routing, SamplingCut
 from .mapping import NativeMapping
 from .native_vision import NativeVision
 from .packing import DTYPES, PackedLinear, PackedMoe, PackedSwiglu, refuse, vector
@@ -84,6 +87,7 @@ class NativeOps(NativeVision, NativeMapping):
             "attention",
             "patch_embed",
             "conv_downsample",
+            "sample",
         }
     )
 
@@ -394,6 +398,17 @@ class NativeOps(NativeVision, NativeMapping):
             self._pool, source, moe.handle, top_k, renormalize, scale, added, _matrix("moe_ffn", "out", out)
         )
         return out
+
+    # ---- the next token --------------------------------------------------------------------------------------------
+    def sample(self, logits: Tensor, cuts: Sequence[SamplingCut]) -> list[int]:
+        source = _matrix("sample", "logits", logits)
+        if logits.dtype != torch.float32 or not logits.shape[1] or len(cuts) != logits.shape[0]:
+            refuse("sample", f"logits must be [{len(cuts)}, V] float32 with V >= 1, a row for each cut", logits)
+        values = np.array(cuts, np.float64)
+        tokens = np.empty(len(cuts), np.int32)
+        _native.sample(self._pool, source, values.ctypes.data, tokens.ctypes.data)
+        chosen: list[int] = tokens.tolist()
+        return chosen
 
 
 # What a closed or forked pool raises, so that no call pays for a translation.

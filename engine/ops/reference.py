@@ -18,6 +18,7 @@ from ..errors import ShapeError, UnsupportedError
 from ..loading.packed import PackedEntry
 from ..quantization import QuantizedWeight, Weight, quantize
 from . import Activation, OpCase, RopeTable, Routing
+from .reference_sampling import ReferenceSampling
 from .reference_vision import ReferenceVisionOps
 
 SCORE_BYTES = 64 << 20  # paged_attention scores at most this much of a score matrix at a time
@@ -152,7 +153,7 @@ def check_cache(
             raise ShapeError(f"{op}: an int8 cache needs key_scales and value_scales, both {list(shape)}")
 
 
-class ReferenceOps(ReferenceVisionOps):
+class ReferenceOps(ReferenceVisionOps, ReferenceSampling):
     """Every op of the contract (see ops/__init__.py for formulas, shapes and errors)."""
 
     name = "reference"
