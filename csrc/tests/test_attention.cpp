@@ -2,6 +2,7 @@
 #include <algorithm>
 
 #include "tests/check.h"
+#include "tests/kv_cache.h"
 
 using namespace pagelens;
 using namespace pagelens::tests;
@@ -43,9 +44,9 @@ const std::vector<PagedCase>& paged_cases() {
   return cases;
 }
 
-void check_paged(const PagedCase& c, DType dtype) {
+void check_paged(const PagedCase& c, DType dtype, CacheKind kind) {
   Random random(static_cast<uint64_t>(c.heads * 1000 + c.head_dim));
-  const int64_t count = static_cast<int64_t>(c.sequences.size()), width = c.kv_heads * c.head_dim;
+  const int64_t count = static_cast<int64_t>(c.sequences.size());
   std::vector<int32_t> starts = {0}, contexts, tables;
   int64_t most = 1, blocks = 0;
   for (const Sequence& s : c.sequences) most = std::max(most, (s.context + c.block_size - 1) / c.block_size);
@@ -58,8 +59,8 @@ void check_paged(const PagedCase& c, DType dtype) {
   // Blocks of all sequences lie mixed: from the last of the cache, which ends where the heap block ends, downwards.
   for (int32_t& block : tables)
     if (block >= 0) block = static_cast<int32_t>(blocks - 1 - (block % 2 ? blocks - 1 - block / 2 : block / 2));
-  const Matrix keys = Matrix::random(random, blocks * c.block_size, width, dtype);
-  const Matrix values = Matrix::random(random, blocks * c.block_size, width, dtype);
+  Cache cache(kind, blocks, c.block_size, c.kv_heads, c.head_dim);
+  cache.fill(random);
   const Matrix q = Matrix::random(random, starts.back(), c.heads * c.head_dim, dtype, c.gap, 2.0);
   const Memory start_memory = copy_of(starts), context_memory = copy_of(contexts), table_memory = copy_of(tables);
   const double scale = 1.0 / std::sqrt(static_cast<double>(c.head_dim));
@@ -68,18 +69,18 @@ void check_paged(const PagedCase& c, DType dtype) {
     for (int64_t t = 0; t < c.sequences[s].queries; t++) {
       const int64_t row = starts[s] + t, seen = contexts[s] - c.sequences[s].queries + t + 1;
       for (int64_t h = 0; h < c.heads; h++) {
-        const int64_t kv = h / (c.heads / c.kv_heads) * c.head_dim;
+        const int64_t kv = h / (c.heads / c.kv_heads);
         const auto slot = [&](int64_t i) {
           return tables[s * most + i / c.block_size] * c.block_size + i % c.block_size;
         };
         std::vector<double> scores(static_cast<size_t>(seen), 0.0);
         for (int64_t i = 0; i < seen; i++)
           for (int64_t d = 0; d < c.head_dim; d++)
-            scores[i] += q.at(row, h * c.head_dim + d) * keys.at(slot(i), kv + d) * scale;
+            scores[i] += q.at(row, h * c.head_dim + d) * cache.key(slot(i), kv, d) * scale;
         soften(scores);
         for (int64_t d = 0; d < c.head_dim; d++) {
           double o = 0.0;
-          for (int64_t i = 0; i < seen; i++) o += scores[i] * values.at(slot(i), kv + d);
+          for (int64_t i = 0; i < seen; i++) o += scores[i] * cache.value(slot(i), kv, d);
           expected.push_back(o);
         }
       }
@@ -87,7 +88,8 @@ void check_paged(const PagedCase& c, DType dtype) {
   const auto call = [&](ThreadPool& pool, Matrix& out, const int32_t* table) {
     AttentionArgs args{};
     args.q = q.view(), args.out = out.view();
-    args.keys = keys.data(), args.values = values.data();
+    args.keys = cache.keys(), args.values = cache.values();
+    args.key_scales = cache.key_scales(), args.value_scales = cache.value_scales();
     args.num_blocks = blocks, args.block_size = c.block_size;
     args.num_heads = c.heads, args.num_kv_heads = c.kv_heads, args.head_dim = c.head_dim;
     args.block_tables = table, args.max_blocks = most;
@@ -96,7 +98,8 @@ void check_paged(const PagedCase& c, DType dtype) {
     args.scale = static_cast<float>(scale);
     return kernels().paged_attention(pool, args);
   };
-  const std::string what = std::string("paged_attention ") + name_of(dtype) + " " + std::to_string(c.heads) + " x " +
+  const std::string what = std::string("paged_attention ") + name_of(dtype) +
+                           (kind == CacheKind::int8 ? " int8 cache " : " ") + std::to_string(c.heads) + " x " +
                            std::to_string(c.head_dim) + ", " + std::to_string(starts.back()) + " rows";
   check_kernel(
       what, [&] { return Matrix(starts.back(), c.heads * c.head_dim, dtype, c.gap); }, expected,
@@ -113,9 +116,11 @@ void check_paged(const PagedCase& c, DType dtype) {
       });
 }
 
-void check_rope(DType dtype, int64_t tokens, int64_t heads, int64_t kv_heads, int64_t dim, bool norms, int64_t gap) {
+void check_rope(DType dtype, CacheKind kind, int64_t tokens, int64_t heads, int64_t kv_heads, int64_t dim, bool norms,
+                int64_t gap) {
   Random random(static_cast<uint64_t>(tokens * 10 + dim));
-  const int64_t positions = 20, slots = 2 * tokens + 1, all = heads + 2 * kv_heads;
+  const int64_t positions = 20, block_size = 6, blocks = (2 * tokens + block_size) / block_size;
+  const int64_t slots = blocks * block_size, all = heads + 2 * kv_heads;
   const Matrix qkv = Matrix::random(random, tokens, all * dim, dtype, gap, 2.0);
   const Matrix cos = Matrix::random(random, positions, dim / 2, DType::f32);
   const Matrix sin = Matrix::random(random, positions, dim / 2, DType::f32);
@@ -138,36 +143,37 @@ void check_rope(DType dtype, int64_t tokens, int64_t heads, int64_t kv_heads, in
     }
     return y;
   };
-  Expected queries, keys(static_cast<size_t>(slots * kv_heads * dim), 9.0), values = keys;
-  for (int64_t t = 0; t < tokens; t++) {
+  Expected queries;
+  for (int64_t t = 0; t < tokens; t++)
     for (int64_t h = 0; h < heads; h++)
       for (const double y : head(t, h, q_norm)) queries.push_back(y);
-    for (int64_t h = 0; h < kv_heads; h++) {
-      const std::vector<double> key = head(t, heads + h, k_norm);
-      for (int64_t i = 0; i < dim; i++) {
-        keys[(targets[t] * kv_heads + h) * dim + i] = key[i];
-        values[(targets[t] * kv_heads + h) * dim + i] = qkv.at(t, (heads + kv_heads + h) * dim + i);
-      }
-    }
-  }
   const std::string what = std::string("qk_norm_rope_store ") + name_of(dtype) + " " + std::to_string(tokens);
   check_kernel(
       what, [&] { return Matrix(tokens, heads * dim, dtype, gap); }, queries, 1e-5,
       [&](ThreadPool& pool, Matrix& out) {
-        const Matrix key_cache = Matrix::full(slots, kv_heads * dim, dtype, 9.0);
-        const Matrix value_cache = Matrix::full(slots, kv_heads * dim, dtype, 9.0);
+        const Cache cache(kind, blocks, block_size, kv_heads, dim);
         RopeArgs args{};
         args.qkv = qkv.view(), args.out = out.view();
         args.positions = place_memory.as<int32_t>(), args.slots = target_memory.as<int32_t>();
         args.cos = static_cast<float*>(cos.data()), args.sin = static_cast<float*>(sin.data());
-        args.num_positions = positions, args.num_slots = slots;
-        args.keys = key_cache.data(), args.values = value_cache.data();
+        args.num_positions = positions, args.num_blocks = blocks, args.block_size = block_size;
+        args.keys = cache.keys(), args.values = cache.values();
+        args.key_scales = cache.key_scales(), args.value_scales = cache.value_scales();
         args.num_heads = heads, args.num_kv_heads = kv_heads, args.head_dim = dim, args.eps = 1e-6f;
         if (norms) args.q_norm = q_norm.data(), args.k_norm = k_norm.data();
         expect(kernels().qk_norm_rope_store(pool, args) == -1, what + ": refused");
-        expect_close(what + " keys", key_cache, keys, 1e-5);
-        expect_close(what + " values", value_cache, values, 1e-9);
-        args.num_slots = tokens;  // the first row's slot lies outside
+        for (int64_t t = 0; t < tokens; t++)
+          for (int64_t h = 0; h < kv_heads; h++) {
+            const std::vector<double> key = head(t, heads + h, k_norm);
+            for (int64_t i = 0; i < dim; i++) {
+              const double value = qkv.at(t, (heads + kv_heads + h) * dim + i);
+              const double of_key = kind == CacheKind::int8 ? 0.05 : dtype == DType::f32 ? 1e-5 : 0.04;
+              const double of_value = kind == CacheKind::int8 ? 0.02 : 1e-9;
+              expect(std::fabs(cache.key(targets[t], h, i) - key[i]) <= of_key, what + ": a key");
+              expect(std::fabs(cache.value(targets[t], h, i) - value) <= of_value, what + ": a value");
+            }
+          }
+        args.num_blocks = blocks - 1;  // the first row's slot lies outside
         if (tokens) expect(kernels().qk_norm_rope_store(pool, args) == 0, what + ": took a slot outside its table");
       });
 }
@@ -246,12 +252,16 @@ void check_window(const WindowCase& c, DType dtype, bool finer_tables) {
 int main(int argc, char** argv) {
   choose_isas(argc, argv);
   for (const DType dtype : {DType::f32, DType::bf16}) {
-    check_rope(dtype, 0, 2, 1, 8, true, 0);
-    check_rope(dtype, 1, 1, 1, 2, false, 0);
-    check_rope(dtype, 5, 4, 2, 64, true, 3);
-    check_rope(dtype, 40, 3, 3, 90, true, 1);
-    check_rope(dtype, 9, 16, 8, 128, false, 0);
-    for (const PagedCase& c : paged_cases()) check_paged(c, dtype);
+    for (const CacheKind kind : {dtype == DType::f32 ? CacheKind::f32 : CacheKind::bf16, CacheKind::int8}) {
+      const bool int8 = kind == CacheKind::int8;  // its head sizes are multiples of 4
+      check_rope(dtype, kind, 0, 2, 1, 8, true, 0);
+      check_rope(dtype, kind, 1, 1, 1, int8 ? 4 : 2, false, 0);
+      check_rope(dtype, kind, 5, 4, 2, 64, true, 3);
+      check_rope(dtype, kind, 40, 3, 3, int8 ? 92 : 90, true, 1);
+      check_rope(dtype, kind, 9, 16, 8, 128, false, 0);
+      for (const PagedCase& c : paged_cases())
+        if (!int8 || c.head_dim % 4 == 0) check_paged(c, dtype, kind);
+    }
     for (const WindowCase& c : kWindowCases)
       for (const bool finer : {false, true}) check_window(c, dtype, finer);
   }
