@@ -59,8 +59,7 @@ def highest_cut(ROW, V, needed, top, inverse, floor, extra, COUNT: tl.constexpr,
     found = tl.zeros((1,), tl.uint32)
     sixteen = tl.arange(0, 16)
     for step in tl.static_range(8):
-        SHIFT: tl.constexpr = 28 - 4 * step
-        candidates = found | (sixteen.to(tl.uint32) << SHIFT)
+        candidates = found | (sixteen.to(tl.uint32) << (28 - 4 * step))
         totals = tl.zeros((16,), tl.float32)
         for first in range(0, V, BLOCK):
             place = first + tl.arange(0, BLOCK)
@@ -74,7 +73,7 @@ def highest_cut(ROW, V, needed, top, inverse, floor, extra, COUNT: tl.constexpr,
             totals += tl.sum(tl.where(above, value[:, None], 0.0), 0)
         totals = tl.where(candidates <= floor, totals - extra, totals)
         best = tl.max(tl.where(totals >= needed, sixteen, 0), 0)
-        found = found | (best.to(tl.uint32) << SHIFT)
+        found = found | (best.to(tl.uint32) << (28 - 4 * step))
     return tl.max(found, 0)
 
 
