@@ -240,8 +240,10 @@ def problem_of(case: Case, ops: Any) -> str | None:
 
 
 def test_every_kernel_has_a_mutant() -> None:
-    files = {path.stem for path in Path(kernels.__path__[0]).glob("*.py")} - {*KEPT, "__init__"}
-    assert {mutant.module for mutant in MUTANTS} | {"sample"} >= files  # sample: below
+    files = Path(kernels.__path__[0]).glob("*.py")
+    with_kernels = {path.stem for path in files if "\n@triton.jit\n" in path.read_text(encoding="utf-8")}
+    assert len(with_kernels) > 10
+    assert {mutant.module for mutant in MUTANTS} | {"sample"} >= with_kernels  # sample: below
 
 
 @pytest.mark.parametrize("case", {mutant.case.id: mutant.case for mutant in MUTANTS}.values(), ids=lambda case: case.id)
@@ -271,7 +273,7 @@ SAMPLE_MUTANTS = [
     ("extra = (at - (needed - above)) * weight_at(number_of(cut), top, inverse)", "extra = 0.0"),
     ("best = tl.where(block_top > top, block_best, best)", "best = tl.where(block_top >= top, block_best, best)"),
     ("match = match & (token != tl.load(ALLOWED + row * num_allowed + j))", "match = match"),
-    ("earliest = tl.maximum(length - tl.load(WINDOWS + row), 0)", "earliest = length * 0"),
+    ("match = match & (token == tl.load(history + length - size + 1 + j))", "match = match"),
 ]
 
 
