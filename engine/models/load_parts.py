@@ -15,7 +15,7 @@ from ..loading.weights import Quantizer, TensorSource, WeightSpec, check_weights
 from ..ops import Ops
 from ..quantization import Weight
 from .packed_parts import check_part, map_part
-from .weight_map import QUANTIZED_ON_LOAD, OpenedParts, Part, QuantizeTo, kind_on_load
+from .weight_map import QUANTIZED_ON_LOAD, OpenedParts, Part, QuantizeTo, kind_on_load, pack_part
 
 
 def load_parts(
@@ -40,7 +40,7 @@ def load_parts(
 
     def consume(spec: WeightSpec, tensors: Sequence[Weight]) -> None:
         part = by_target[spec.target]
-        packed[spec.target] = tensors[0] if part.as_is and keeps_views else part.pack(ops, tensors)
+        packed[spec.target] = tensors[0] if part.as_is and keeps_views else pack_part(part, ops, tensors)
 
     quantizer = None if quantize_to is None else choose_quantizer(source, ops, quantize_to)
     specs = [spec for spec in rest if wanted(spec.target)]

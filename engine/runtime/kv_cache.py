@@ -16,6 +16,7 @@ MEMORY_SHARE = 0.5
 ALIGNMENT = 4096  # a page: in blocks of 16 tokens, 16 bfloat16 keys of a head of 128 are one
 SCALE_BYTES = 4
 INT8_MULTIPLE = 4  # bytes of a word in the native layout
+CPU = torch.device("cpu")
 
 
 def block_bytes(decoder: DecoderConfig, dtype: torch.dtype, block_size: int, kv_cache_dtype: str = "auto") -> int:
@@ -28,9 +29,9 @@ def plan_num_blocks(config: EngineConfig, decoder: DecoderConfig, dtype: torch.d
     """Blocks that config.kv_cache_bytes pays for.
 
     None = room for max_num_seqs sequences of max_model_len tokens, at most 1 GiB or one such sequence, whichever is
-    more (with low_memory: for one), and never above half of the machine's memory. Raises ConfigError if not even one
-    block fits, if max_model_len was asked for and does not fit into the kv_cache_bytes that were asked for, or if
-    kv_cache_dtype does not suit the model.
+    more (with low_memory: for one), and never above half of the memory of the machine, or of the GPU. Raises
+    ConfigError if not even one block fits, if max_model_len was asked for and does not fit into the kv_cache_bytes that
+    were asked for, or if kv_cache_dtype does not suit the model.
     """
     if config.kv_cache_dtype == "int8" and decoder.head_dim % INT8_MULTIPLE:
         raise ConfigError(
@@ -42,7 +43,7 @@ def plan_num_blocks(config: EngineConfig, decoder: DecoderConfig, dtype: torch.d
     if config.kv_cache_bytes is None:
         most = 0 if config.low_memory else DEFAULT_MAX_BYTES // one_block
         blocks = min(config.max_num_seqs * one_sequence, max(most, one_sequence))
-        return max(1, min(blocks, int(_physical_memory() * MEMORY_SHARE) // one_block))
+        return max(1, min(blocks, int(_memory_of(config.device) * MEMORY_SHARE) // one_block))
     blocks = config.kv_cache_bytes // one_block
     if blocks == 0 or (config.max_model_len is not None and blocks < one_sequence):
         wanted = 1 if config.max_model_len is None else one_sequence
@@ -55,15 +56,23 @@ def plan_num_blocks(config: EngineConfig, decoder: DecoderConfig, dtype: torch.d
 
 
 def allocate(
-    decoder: DecoderConfig, dtype: torch.dtype, num_blocks: int, block_size: int, kv_cache_dtype: str = "auto"
+    decoder: DecoderConfig,
+    dtype: torch.dtype,
+    num_blocks: int,
+    block_size: int,
+    kv_cache_dtype: str = "auto",
+    device: torch.device = CPU,
 ) -> KVCacheView:
     """Zeroed key and value tensors, [num_blocks, block_size, K, D] a layer, each starting on a page.
 
-    kv_cache_dtype "int8" makes them uint8, with scales [num_blocks, K, block_size] float32.
-    numpy's zeros come from calloc, so that the system hands out the pages only as they are first written.
+    kv_cache_dtype "int8" makes them uint8, with scales [num_blocks, K, block_size] float32; on the CPU only.
+    There numpy's zeros come from calloc, so that the system hands out the pages only as they are first written.
     """
     heads, layers = decoder.num_kv_heads, decoder.num_layers
     shape = (num_blocks, block_size, heads, decoder.head_dim)
+    if device.type != "cpu":
+        pairs = [torch.zeros((2, *shape), dtype=dtype, device=device) for _ in range(layers)]
+        return KVCacheView(tuple(both[0] for both in pairs), tuple(both[1] for both in pairs), block_size)
     if kv_cache_dtype != "int8":
         tensors = _zeros(2 * layers, shape, dtype)
         return KVCacheView(tuple(tensors[0::2]), tuple(tensors[1::2]), block_size)
@@ -83,7 +92,9 @@ def _zeros(count: int, shape: tuple[int, ...], dtype: torch.dtype) -> list[torch
     ]
 
 
-def _physical_memory() -> int:
+def _memory_of(device: str) -> int:
+    if device != "cpu" and torch.cuda.is_available():
+        return int(torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory)
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):
