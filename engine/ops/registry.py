@@ -80,7 +80,7 @@ class OpsTable:
         self.device = device
         self.sampling = getattr(backends["linear"], "sampling", None)
         self.backend_of = {op: backend.name for op, backend in backends.items()}
-        self.name = "+".join(sorted(set(self.backend_of.values())))
+        self.name = "+".join(sorted({name for op, name in self.backend_of.items() if op != "sample"}))
         self._choices = choices
         self._owned = tuple(owned)
         for op, backend in backends.items():
@@ -172,7 +172,7 @@ def resolve_ops(
 
 
 def _resolve_triton(cases: Sequence[OpCase], device: str) -> OpsTable:
-    """All ops by the Triton kernels."""
+    """All ops by the Triton kernels; rows of logits that must be seen on the host are sampled by the reference."""
     from .triton import INTERPRETED, TritonOps
 
     ops = TritonOps(find_device(device))
@@ -181,8 +181,13 @@ def _resolve_triton(cases: Sequence[OpCase], device: str) -> OpsTable:
         if sentence:
             raise UnsupportedError(f"backend triton cannot run {case.op}: {sentence}")
     reason = INTERPRETED if device == "cpu" else f"runs on {ops.device}"
-    choices = [OpChoice(op, "triton", True, reason) for op in OP_NAMES]
-    return OpsTable(dict.fromkeys(OP_NAMES, ops), choices, [ops], ops.device)
+    choices = [OpChoice(op, "triton", True, reason) for op in OP_NAMES if op != "sample"]
+    choices.append(
+        OpChoice("sample", "reference", True, "for rows that the host must see; others are chosen by triton")
+    )
+    backends: dict[str, Any] = dict.fromkeys(OP_NAMES, ops)
+    backends["sample"] = ReferenceOps()
+    return OpsTable(backends, choices, [ops], ops.device)
 
 
 def _raise_first_refusal(native: _NativeBackend, refusals: dict[str, str]) -> None:
