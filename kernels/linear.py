@@ -203,12 +203,13 @@ def linear(
     parts = torch.empty((split, m, n), dtype=torch.float32, device=x.device) if split > 1 else None
     target = out if parts is None else parts
     stride_residual = 0 if residual is None else residual.stride(0)
+    strides = inputs.stride(0), 0 if x_scales is None else x_scales.stride(0), stride_residual, out.stride(0)
+    tensors = (inputs, x_scales, weight.values, weight.scales, weight.zeros, weight.order, weight.bias, residual)
     tiles = -(-m // config.sizes["BLOCK_M"]) * -(-n // config.sizes["BLOCK_N"])
     start(
         linear_kernel,
         (tiles, split),
-        (inputs, x_scales, weight.values, weight.scales, weight.zeros, weight.order, weight.bias, residual, target)
-        + (m, n, k, inputs.stride(0), 0 if x_scales is None else x_scales.stride(0), stride_residual, out.stride(0)),
+        (*tensors, target, m, n, k, *strides),
         {**constants, "ACTIVATION": activation, "ROW_GROUP": GROUP_OF_ROWS},
         config,
     )

@@ -58,7 +58,7 @@ class PackedSwiglu:
 
 @dataclass(frozen=True, slots=True)
 class PackedMoe:
-    """router [E, C] float32, the experts, the shared one or None."""
+    """router [E, C] in the activations' dtype or float32, the experts, the shared one or None."""
 
     router: Matrix
     experts: Experts
@@ -207,10 +207,13 @@ class TritonPacking:
             found += 1
         if layer is None or found != count:
             refuse("pack_moe", f"{found} experts for a router [E, C]", router)
-        packed = PackedMoe(make_matrix(router.float(), None, self.device), Experts(*layer), shared)
+        # Products of two 16-bit numbers are exact in float32: a router of the activations' dtype stays as it is.
+        kept = router if router.dtype == layer[1].dtype else router.float()
+        packed = PackedMoe(make_matrix(kept, None, self.device), Experts(*layer), shared)
         if shared is not None and (shared.width != width or shared.dtype != packed.dtype):
             raise ShapeError(
-                f"pack_moe: the shared expert is {shared.width} wide, {shared.dtype}; the others {width}, {packed.dtype}"
+                f"pack_moe: the shared expert is {shared.width} wide, {shared.dtype}; "
+                f"the others {width}, {packed.dtype}"
             )
         return packed
 
@@ -266,8 +269,8 @@ def _fill_expert(expert: Matrix, layer: Matrix, index: int) -> None:
     )
     if not alike or any((a is None) != (b is None) or (a is not None and a.dtype != b.dtype) for a, b in pairs):
         raise UnsupportedError(
-            f"pack_moe: expert {index} is quantised in another way than expert 0, and the Triton kernels run all in one "
-            "way; use backend='reference'"
+            f"pack_moe: expert {index} is quantised in another way than expert 0, and the Triton kernels run all in "
+            "one way; use backend='reference'"
         )
     for source, target in pairs:
         if source is not None and target is not None:

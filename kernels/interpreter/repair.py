@@ -85,9 +85,11 @@ def in_float32(old: Callable[..., Any]) -> Callable[..., Any]:
 def binary_op(stock_op: Callable[..., Any]) -> Callable[..., Any]:
     def method(self: Any, left: Any, right: Any, op: Any) -> Any:
         if not is_bfloat16(left) and not is_bfloat16(right):
-            return stock_op(self, left, right, op)
-        result = op(to_float32(left), to_float32(right))
-        return Handle(result, tl.int1) if result.dtype == np.bool_ else from_float32(result, tl.bfloat16)
+            result = stock_op(self, left, right, op)
+            # Stock says that a comparison has the operands' type, and makes whole numbers of it when it broadcasts it.
+            return Handle(result.data, tl.int1) if result.data.dtype == np.bool_ else result
+        values = op(to_float32(left), to_float32(right))
+        return Handle(values, tl.int1) if values.dtype == np.bool_ else from_float32(values, tl.bfloat16)
 
     return method
 
