@@ -89,7 +89,9 @@ def compile_launch(launch: Launch, target: str) -> Compiled:
     except Exception as error:
         # Triton raises many kinds: of its own passes, of LLVM, of ptxas.
         lines = [line for line in str(error).strip().splitlines() if line.strip()]
-        raise CompileError(f"{launch.name} for {target}: {type(error).__name__} {lines[-1] if lines else ''}") from error
+        raise CompileError(
+            f"{launch.name} for {target}: {type(error).__name__} {lines[-1] if lines else ''}"
+        ) from error
     meta = kernel.metadata
     scratch = int(getattr(meta, "global_scratch_size", 0) or 0)
     asm = {stage: kernel.asm[stage] for stage in ("ttgir", "ptx", "cubin", "amdgcn") if stage in kernel.asm}

@@ -1,7 +1,6 @@
 """The Triton kernels as the sm_80 code that they compile to, on small cases of the shared list against the reference.
 
-Runs in a process that compiles kernels (`make test-compiled`), so it is left out of the others by its marker. The
-mutants edit the PTX of a case that passes, and must be found out: by the memory checks, as a hazard, or by the result.
+The mutants edit the PTX of a case that passes, and must be found out: by the memory checks, as a hazard, or by the result.
 """
 
 from __future__ import annotations
@@ -12,10 +11,8 @@ from typing import Any
 
 import pytest
 from gpu.ptx.errors import PtxError
-from ops.cases import SMALL, Case, difference
-from ops.vision_cases import SMALL_VISION
-
-pytestmark = pytest.mark.compiled
+from gpu.gpu_cases import GPU_SMALL
+from ops.cases import Case, difference
 
 # What each op's cases have to show: several CTAs, edges in every axis, more than one block of the summed axis.
 CHOSEN = [
@@ -46,12 +43,13 @@ CHOSEN = [
     "moe_ffn[37x192x96-8top2-shared192-bf16]",
     "moe_ffn[19x77x33-5top5-shared0-renorm-bf16]",
 ]
-BY_ID = {case.id: case for case in [*SMALL, *SMALL_VISION]}
+BY_ID = {case.id: case for case in GPU_SMALL}
 
 
 def run(case: Case, change: Callable[[str], str] | None = None, only: str | None = None) -> Any:
     """The result of the case and the runner that has seen its launches."""
-    from compiled.ptx_runner import TARGET, PtxRunner, ptx_ops
+    from gpu.compiled.ptx_runner import TARGET, PtxRunner, ptx_ops
+
     from pagelens.kernels.launch import replaced_runner
     from pagelens.kernels.tuning import forced_target
 

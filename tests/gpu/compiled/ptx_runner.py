@@ -6,24 +6,18 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from gpu.ptx.decode import Program
+from gpu.ptx.launch import Report, compile_ptx, launch
+from gpu.ptx.memory import GlobalMemory
+from gpu_static import compiled
 from torch import Tensor
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "tools"))
-
-from gpu_static import compiled  # noqa: E402
-
-from gpu.ptx.decode import Program  # noqa: E402
-from gpu.ptx.launch import Report, compile_ptx, launch  # noqa: E402
-from gpu.ptx.memory import GlobalMemory  # noqa: E402
-from pagelens.kernels.launch import Launch  # noqa: E402
+from pagelens.kernels.launch import Launch
 
 TARGET = "sm_80"
 Change = Callable[[str], str]
