@@ -161,7 +161,7 @@ PACKAGES = [
 setup(
     package_dir={"pagelens": "engine", "pagelens.kernels": "kernels"},
     packages=PACKAGES,
-    package_data={"pagelens": ["py.typed", "*.pyi", "assets/**/*"]},
+    package_data={"pagelens": ["py.typed", "*.pyi", "assets/**/*"], "pagelens.kernels": ["configs/*.json"]},
     exclude_package_data={"pagelens": ["*.so"]},
     ext_modules=[Extension("pagelens._native", [str(path) for path in sorted(CSRC.glob("**/*.cpp"))])],
     cmdclass={"build_ext": BuildNative},

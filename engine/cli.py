@@ -124,7 +124,7 @@ def build_parser() -> argparse.ArgumentParser:
     quantize.set_defaults(run=run_quantize)
 
     doctor = commands.add_parser("doctor", help="show the machine and which kernels would be used")
-    doctor.add_argument("--backend", default="auto", choices=("auto", "reference", "native"))
+    doctor.add_argument("--backend", default="auto", choices=("auto", "reference", "native", "triton"))
     doctor.add_argument("--json", action="store_true", help="print JSON")
     doctor.set_defaults(run=run_doctor)
 
@@ -163,8 +163,9 @@ def add_sampling_options(parser: argparse.ArgumentParser, default: str) -> None:
 def add_engine_options(parser: argparse.ArgumentParser, needs_model: bool = False) -> None:
     default = "" if needs_model else "; default: the small built-in reader"
     parser.add_argument("--model", required=needs_model, help="checkpoint folder or hub id" + default)
-    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
-    parser.add_argument("--backend", default="auto", choices=("auto", "reference", "native"))
+    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="cuda: an NVIDIA or AMD GPU")
+    parser.add_argument("--backend", default="auto", choices=("auto", "reference", "native", "triton"))
     parser.add_argument(
         "--weights",
         default="auto",
@@ -180,6 +181,7 @@ def add_engine_options(parser: argparse.ArgumentParser, needs_model: bool = Fals
 def engine_options(args: argparse.Namespace) -> dict[str, Any]:
     return {
         "dtype": args.dtype,
+        "device": args.device,
         "backend": args.backend,
         "weights": args.weights,
         "num_threads": args.threads,

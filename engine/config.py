@@ -5,12 +5,15 @@ Reading config.json into these classes is the job of loading/checkpoint.py; noth
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from .errors import ConfigError
 
 DType = Literal["float32", "bfloat16"]
+BACKEND_VARIABLE = "PAGELENS_BACKEND"
+BACKENDS = ("auto", "reference", "native", "triton")
 MAX_TILES = 32  # most tiles of a page; no published model was trained on more
 
 # Buffers of these sizes are made with the engine; far above what is useful, far below what no machine holds.
@@ -21,6 +24,10 @@ MAX_OPTIONS = {"max_num_seqs": 4096, "max_batch_tokens": 2**18, "block_size": 40
 class EngineConfig:
     """User options of an engine. `resolve()` checks them once; nothing mutates them afterwards.
 
+    dtype             "auto" is the checkpoint's; "float16" needs backend "triton"
+    device            "cuda" (NVIDIA, or AMD with a ROCm build of torch) keeps weights, cache and activations there
+    backend           "auto" is "native" with what it lacks from "reference" on the CPU, "triton" on a GPU. The variable
+                      PAGELENS_BACKEND stands in for "auto". "triton" on the CPU is interpreted: for tests
     max_model_len     longest prompt + answer in tokens; None = the model's own limit
     max_num_seqs      most sequences decoded together
     max_batch_tokens  most tokens in one forward pass; longer prompts are cut into chunks of this size
@@ -35,9 +42,9 @@ class EngineConfig:
     """
 
     model: str
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    device: Literal["cpu"] = "cpu"
-    backend: Literal["auto", "reference", "native"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    device: Literal["cpu", "cuda"] = "cpu"
+    backend: Literal["auto", "reference", "native", "triton"] = "auto"
     weights: Literal["auto", "int8", "int4"] = "auto"
     num_threads: int | None = None
     max_model_len: int | None = None
@@ -50,11 +57,14 @@ class EngineConfig:
     prefix_cache: bool = True
 
     def resolve(self) -> EngineConfig:
-        """Return self after checking every value. Raises ConfigError naming the option, its value and the choices."""
+        """Return self after checking every value, with the backend that PAGELENS_BACKEND names if it is "auto".
+
+        Raises ConfigError naming the option, its value and the choices.
+        """
         choices = {
-            "dtype": ("auto", "float32", "bfloat16"),
-            "device": ("cpu",),
-            "backend": ("auto", "reference", "native"),
+            "dtype": ("auto", "float32", "bfloat16", "float16"),
+            "device": ("cpu", "cuda"),
+            "backend": BACKENDS,
             "weights": ("auto", "int8", "int4"),
         }
         for name, allowed in choices.items():
@@ -74,7 +84,23 @@ class EngineConfig:
             )
         if not isinstance(self.prefix_cache, bool):
             raise ConfigError(f"prefix_cache={self.prefix_cache!r} must be True or False")
-        return self
+        return self._with_backend()
+
+    def _with_backend(self) -> EngineConfig:
+        """The backend that will run, checked against the device and the dtype."""
+        backend = self.backend
+        if backend == "auto":
+            named = os.environ.get(BACKEND_VARIABLE, "auto")
+            if named not in BACKENDS:
+                raise ConfigError(f"{BACKEND_VARIABLE}={named!r} is not one of {', '.join(BACKENDS)}")
+            backend = named  # type: ignore[assignment]
+        if backend == "auto" and self.device == "cuda":
+            backend = "triton"
+        if self.device == "cuda" and backend != "triton":
+            raise ConfigError(f"backend={backend!r} runs on the CPU; with device='cuda' use 'triton' or 'auto'")
+        if self.dtype == "float16" and backend != "triton":
+            raise ConfigError("dtype='float16' needs backend='triton', for device='cuda'; use 'bfloat16' or 'float32'")
+        return replace(self, backend=backend)
 
     def with_options(self, **options: object) -> EngineConfig:
         return replace(self, **options)  # type: ignore[arg-type]

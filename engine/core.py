@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from .loading.weights import TensorSource
     from .text.tokenizer import Tokenizer
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class Engine:
@@ -59,7 +59,9 @@ class Engine:
         self.has_head: bool = getattr(model, "has_head", True)
         self.max_model_len = resolve_max_model_len(config, decoder.max_position_embeddings)
         num_blocks = plan_num_blocks(config, decoder, dtype, self.max_model_len)
-        kv = allocate(decoder, dtype, num_blocks, config.block_size)
+        ops: Any = getattr(model, "ops", None)
+        device = torch.device("cpu") if ops is None else ops.device
+        kv = allocate(decoder, dtype, num_blocks, config.block_size, device)
         pool = BlockPool(num_blocks, config.block_size)
         cache = PrefixCache(pool) if config.prefix_cache else None
         self.scheduler = Scheduler(
@@ -73,10 +75,11 @@ class Engine:
         self.runner = Runner(model, kv)
         max_blocks = min(num_blocks, pool.num_needed(self.max_model_len))
         self.batches = BatchBuilder(
-            config.max_batch_tokens, config.max_num_seqs, max_blocks, config.block_size, self.runner.image_rows
+            config.max_batch_tokens, config.max_num_seqs, max_blocks, config.block_size, self.runner.image_rows, device
         )
         bos_token_id, self._eos_token_ids = find_special_ids(decoder, tokenizer)
-        self.sampler = Sampler(count_tokens(tokenizer, self._eos_token_ids))
+        sampling = getattr(ops, "sampling", None)
+        self.sampler = Sampler(count_tokens(tokenizer, self._eos_token_ids), sampling)
         self.inputs = InputBuilder(
             decoder.vocab_size,
             tokenizer,
@@ -152,7 +155,7 @@ class Engine:
         changed = [state for state, _ in sampling]
         if hidden is not None:
             pooling = [self._answers[chunk.sequence][0] for chunk in schedule if chunk.pools]
-            for state, row in zip(pooling, hidden.numpy(), strict=True):
+            for state, row in zip(pooling, hidden.cpu().numpy(), strict=True):
                 state.accept_pooled(row)
             changed += pooling
         return changed
@@ -300,7 +303,7 @@ def build_engine(config: EngineConfig) -> Engine:
     folder = description.folder
     tokenizer = Tokenizer(folder) if folder and (folder / "tokenizer.json").is_file() else None
     quantize_to = None if config.weights == "auto" else config.weights
-    ops = resolve_ops(config.backend, network.op_cases(model_config, dtype), config.num_threads)
+    ops = resolve_ops(config.backend, network.op_cases(model_config, dtype), config.num_threads, config.device)
     try:
         if random_seed is not None or folder is None:
             weights = RandomWeights(network.weight_specs(model_config), dtype, random_seed or 0)

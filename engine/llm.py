@@ -41,8 +41,9 @@ class LLM:
     """A model ready to answer. Use as a context manager, or call `close()`.
 
     model             folder or hub id
-    dtype             "auto" (the checkpoint's), "float32", "bfloat16"
-    backend           "auto", "reference", "native"
+    dtype             "auto" (the checkpoint's), "float32", "bfloat16", "float16" (backend "triton" only)
+    device            "cpu", or "cuda": an NVIDIA GPU, or an AMD one with a ROCm build of torch
+    backend           "auto", "reference", "native" or "triton", the only one for "cuda" (on the CPU for tests only)
     weights           "auto" (the checkpoint's), "int8", "int4": the decoder quantised as it is read
     num_threads       of the native kernels; None = one a physical core (torch's own threads are left as they are)
     max_model_len     longest prompt + answer; None = the model's own limit

@@ -219,7 +219,7 @@ class Decoder:
         self._norm: Tensor = packed["decoder.norm"]
         self._lm_head = packed.get(HEAD_PART)
         self._layers = [DecoderLayer(config, i, packed, ops) for i in range(config.num_layers)]
-        self._rope = rope_table(config)
+        self._rope = rope_table(config, self._embed.device)
         self._scratch = Workspace(self._embed.device)
         self._steps = StepPrograms(ops, self._scratch)
 

@@ -173,10 +173,10 @@ class DeepseekOcr:
         page, tiles = views.global_view, views.tiles
         if (0 if tiles is None else tiles.shape[0]) != plan.num_tiles:
             raise ShapeError(f"the page has {0 if tiles is None else tiles.shape[0]} tiles, its plan {plan.num_tiles}")
-        page = page.to(self.dtype)
+        page = page.to(self.ops.device, self.dtype)
         if tiles is None:
             return self.layout(self.encoder.encode_views(page, stages)[0], None, plan)
-        tiles = tiles.to(self.dtype)
+        tiles = tiles.to(self.ops.device, self.dtype)
         if tiles.shape[2:] == page.shape[2:]:
             features = self.encoder.encode_views(torch.cat([tiles, page]), stages)
             return self.layout(features[-1], features[:-1], plan)

@@ -15,7 +15,7 @@ from ..loading.weights import Quantizer, TensorSource, WeightSpec, load_weights
 from ..ops import Ops
 from ..quantization import Weight
 from .packed_parts import map_part
-from .weight_map import QUANTIZED_ON_LOAD, OpenedParts, Part, QuantizeTo, kind_on_load
+from .weight_map import QUANTIZED_ON_LOAD, OpenedParts, Part, QuantizeTo, kind_on_load, pack_part
 
 
 def load_parts(
@@ -29,7 +29,7 @@ def load_parts(
     packed = map_parts(opened.source, by_target, dtype, ops)
 
     def consume(spec: WeightSpec, tensors: Sequence[Weight]) -> None:
-        packed[spec.target] = by_target[spec.target].pack(ops, tensors)
+        packed[spec.target] = pack_part(by_target[spec.target], ops, tensors)
 
     specs = [p.spec for p in by_target.values() if p.spec.target not in packed]
     quantizer = None if quantize_to is None else choose_quantizer(opened.source, ops, quantize_to)

@@ -73,6 +73,16 @@ def plain(weight: Weight) -> Tensor:
     return weight if isinstance(weight, Tensor) else weight.float().to(weight.dtype)
 
 
+def place(packed: Any, device: torch.device) -> Any:
+    """What a part packed, its plain tensors moved to the device; packed weights are where their backend put them."""
+    if isinstance(packed, Tensor):
+        return packed.to(device)
+    if isinstance(packed, tuple):
+        moved = [place(item, device) for item in packed]
+        return type(packed)(*moved) if hasattr(packed, "_fields") else tuple(moved)
+    return packed
+
+
 def tensor_part(target: str, name: str, shape: Shape) -> Part:
     """One tensor as it is, copied: a view of the checkpoint would tie the model's life to the file's."""
     return part(target, {name: shape}, lambda _ops, tensors: tensors[0].clone())
@@ -166,4 +176,10 @@ def pack_parts(
             return ops.quantize(tensor.detach().flatten(0, -2), kind_on_load(quantize_to, spec)).to(dtype)
         return tensor.detach().to(dtype)
 
-    return {p.spec.target: p.pack(ops, [taken(p.spec, name) for name in p.spec.sources]) for p in parts}
+    return {p.spec.target: pack_part(p, ops, [taken(p.spec, name) for name in p.spec.sources]) for p in parts}
+
+
+def pack_part(part: Part, ops: Ops, tensors: Sequence[Any]) -> Any:
+    """A part packed, on the device of the ops."""
+    packed = part.pack(ops, tensors)
+    return packed if ops.device.type == "cpu" else place(packed, ops.device)

@@ -3,8 +3,8 @@
 A backend is an object with these methods (`reference` in torch is always complete and is the test oracle; `native` is
 C++). `registry.resolve_ops` chooses a backend for each op once, when a model is built, and returns one `Ops` table.
 Common rules:
-- Activations are float32 or bfloat16, last axis contiguous. Sums, softmax and norms are computed in float32; a result
-  is rounded to the activation dtype once, at the end of the op.
+- Activations are float32 or bfloat16 (triton: or float16), last axis contiguous, on the backend's device. Sums, softmax
+  and norms are computed in float32; a result is rounded to the activation dtype once, at the end of the op.
 - `out` is written and returned when given (it may be `x` or `residual` itself where the docstring says so), otherwise a
   new tensor is made. Packed weights come from the same backend's `pack_*`.
 - A weight of a linear layer may be quantised (QuantizedWeight): it then counts as the exact matrix W of its definition,
@@ -13,7 +13,8 @@ Common rules:
   a group, which is exact, and the groups in float32.
 - Batch invariance (native): a row's result has the same bits whatever other rows are in the call. For the vision ops a
   row is a view.
-- Errors: ShapeError if shapes or dtypes break the contract.
+- Errors: ShapeError if shapes or dtypes break the contract. triton cannot see ids, slots and positions that are
+  outside their tables: it leaves such rows out.
 """
 
 from __future__ import annotations
@@ -108,7 +109,12 @@ class Program(Protocol):
     `replay` reads and writes the memory that the recorded calls did; whoever replays knows that it is still there, in
     the same shapes. It returns -1, or the index of the call that found something bad (an id outside its table), after
     which it stopped; calling the ops again raises the error.
+
+    runs_while_recording  False: the calls are recorded and not made, so that they must have been made once before, and
+                          a replay must follow
     """
+
+    runs_while_recording: bool
 
     def begin(self) -> None: ...
     def end(self) -> None: ...
@@ -119,6 +125,7 @@ class Ops(Protocol):
     """One chosen implementation per op; see the module docstring for the common rules."""
 
     name: str
+    device: torch.device  # where all tensors of the ops are
 
     def new_program(self) -> Program | None:
         """A recorder of this backend's calls; None if it cannot record, or runs not all ops of a decoder."""
@@ -219,7 +226,8 @@ class Ops(Protocol):
         """Causal attention over the paged cache, prefill chunks and decodes in one call, GQA (H a multiple of K).
 
         q [N, H, D]; query row t of sequence s (of n_s rows) stands at position context_lens[s] - n_s + t and sees the
-        keys at positions <= its own, found through block_tables[s]. softmax(q.k * scale) v -> [N, H, D].
+        keys at positions <= its own, found through block_tables[s]. softmax(q.k * scale) v -> [N, H, D]. triton rounds
+        the weights of the softmax to q's dtype, as in window_attention.
         """
 
     def swiglu_ffn(self, x: Tensor, ffn: Any, residual: Tensor | None = None, out: Tensor | None = None) -> Tensor:

@@ -67,6 +67,7 @@ class NativeOps(NativeVision, NativeMapping):
     """
 
     name = "native"
+    device = torch.device("cpu")
     IMPLEMENTED = frozenset(
         {
             "embedding",

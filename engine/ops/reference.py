@@ -21,7 +21,7 @@ from . import Activation, OpCase, RopeTable, Routing
 from .reference_vision import ReferenceVisionOps
 
 SCORE_BYTES = 64 << 20  # paged_attention scores at most this much of a score matrix at a time
-ACTIVATION_DTYPES = (torch.float32, torch.bfloat16)
+ACTIVATION_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +117,7 @@ class ReferenceOps(ReferenceVisionOps):
     """Every op of the contract (see ops/__init__.py for formulas, shapes and errors)."""
 
     name = "reference"
+    device = torch.device("cpu")
 
     def supports(self, case: OpCase) -> str | None:
         """None: every case is supported."""
@@ -143,7 +144,7 @@ class ReferenceOps(ReferenceVisionOps):
     # ---- packing ---------------------------------------------------------------------------------------------------
     def pack_linear(self, weight: Weight, bias: Tensor | None = None) -> PackedLinear:
         if weight.ndim != 2 or weight.dtype not in ACTIVATION_DTYPES:
-            refuse("pack_linear", "weight must be [O, C] float32 or bfloat16", weight)
+            refuse("pack_linear", "weight must be [O, C] float32, bfloat16 or float16", weight)
         if bias is not None and bias.shape != weight.shape[:1]:
             refuse("pack_linear", "bias must be [O]", weight, bias)
         return PackedLinear(weight, None if bias is None else bias.float())
@@ -152,7 +153,7 @@ class ReferenceOps(ReferenceVisionOps):
         if gate.ndim != 2 or up.shape != gate.shape or tuple(down.shape) != tuple(gate.shape)[::-1]:
             refuse("pack_swiglu", "gate and up must be [I, C], down [C, I]", gate, up, down)
         if not gate.dtype == up.dtype == down.dtype or gate.dtype not in ACTIVATION_DTYPES:
-            refuse("pack_swiglu", "gate, up and down must share a dtype, float32 or bfloat16", gate, up, down)
+            refuse("pack_swiglu", "gate, up and down must share a dtype, float32, bfloat16 or float16", gate, up, down)
         return PackedSwiglu(gate, up, down)
 
     def pack_moe(

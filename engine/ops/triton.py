@@ -16,7 +16,9 @@ from torch import Tensor
 
 from ..errors import ShapeError, UnsupportedError
 from . import Activation, OpCase, RopeTable, Routing
+from .triton_graphs import GraphProgram
 from .triton_packing import DTYPES, PackedLinear, PackedMoe, PackedSwiglu, refuse
+from .triton_sampling import DeviceSampling
 from .triton_vision import TritonVision
 
 ACTIVATIONS = (None, "gelu", "quick_gelu", "silu")
@@ -38,6 +40,7 @@ class TritonOps(TritonVision):
 
     def __init__(self, device: torch.device | str = "cuda") -> None:
         self.device = torch.device(device)
+        self.sampling = DeviceSampling(self.device)
         try:
             if self.device.type == "cpu":
                 from ..kernels.interpreter import import_triton
@@ -54,8 +57,9 @@ class TritonOps(TritonVision):
     def close(self) -> None:
         """Nothing to release: torch owns the device's memory."""
 
-    def new_program(self) -> None:
-        """Nothing is recorded."""
+    def new_program(self) -> GraphProgram | None:
+        """A CUDA graph; None where there are none (interpreted)."""
+        return None if self.device.type == "cpu" else GraphProgram()
 
     def supports(self, case: OpCase) -> str | None:
         """None if this case can run, else one sentence that says why not."""
@@ -182,7 +186,7 @@ class TritonOps(TritonVision):
             raise ShapeError(f"linear: out_dtype must be x's {x.dtype} or float32, got {out_dtype}")
         self._like("linear", "residual", residual, (x.shape[0], weight.out_features), x.dtype)
         self._like("linear", "out", out, (x.shape[0], weight.out_features), out_dtype or x.dtype)
-        if out is not None and out.numel() and out.data_ptr() == x.data_ptr():
+        if out is not None and out.numel() and out.data_ptr() == x.data_ptr() != 0:  # 0: a tensor without memory
             refuse("linear", "out must not be x", x, out)
         return linear(x, weight.matrix, activation, residual, out, out_dtype)
 

@@ -10,6 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from ..errors import EngineError
+from ..ops.triton_sampling import DeviceSampling, RowChoice
 from ..types import Logprob, SamplingParams
 from .logits import (
     BanProcessor,
@@ -74,6 +75,29 @@ class SequenceSampler:
         token = best if self._random is None else draw(row, params, self._random.random())
         return Sampled(token, None if params.logprobs is None else top_logprobs(raw, token, params.logprobs))
 
+    def for_device(self) -> RowChoice | None:
+        """The choice as a device can make it, the next random number drawn; None if it needs the logits on the host.
+
+        Penalties, forbidden and required tokens and log probabilities do.
+        """
+        params = self.params
+        guards = [p for p in self._processors if isinstance(p, NgramProcessor)]
+        if len(guards) < len(self._processors) or params.logprobs is not None:
+            return None
+        size, window, allowed, history = guards[0].rule if guards else (0, 0, frozenset[int](), ())
+        drawn = self._random is not None
+        return RowChoice(
+            temperature=params.temperature if drawn else 0.0,
+            top_k=max(params.top_k, 0),
+            top_p=params.top_p,
+            min_p=params.min_p,
+            uniform=self._random.random() if self._random is not None else 0.0,
+            ngram_size=size,
+            ngram_window=window,
+            history=history,
+            allowed=allowed,
+        )
+
     def observe(self, token: int) -> None:
         for processor in self._processors:
             processor.observe(token)
@@ -91,17 +115,43 @@ class Sampler:
 
     num_tokens  logits from here on belong to padding rows of the vocabulary: they become -inf before anything else, so
                 that no such id is chosen, ranked or counted in a log probability; None = there is no padding
+    sampling    of a backend whose logits lie on a device; None = they lie on the host
     """
 
-    def __init__(self, num_tokens: int | None = None) -> None:
+    def __init__(self, num_tokens: int | None = None, sampling: DeviceSampling | None = None) -> None:
         self._num_tokens = num_tokens
+        self._sampling = sampling
 
     def sample(self, logits: Tensor, samplers: list[SequenceSampler]) -> list[Sampled]:
         """logits [L, V] float32, one row a sampler; they are changed in place."""
+        if self._sampling is not None and samplers:
+            return self._sample_on_device(self._sampling, logits, samplers)
         rows = logits.numpy()
         if self._num_tokens is not None:
             rows[:, self._num_tokens :] = -np.inf
         return [sampler.choose(row) for sampler, row in zip(samplers, rows, strict=True)]
+
+    def _sample_on_device(
+        self, sampling: DeviceSampling, logits: Tensor, samplers: list[SequenceSampler]
+    ) -> list[Sampled]:
+        """Only the token ids are read back, and whole rows for those samplers that a device cannot serve."""
+        choices = [sampler.for_device() for sampler in samplers]
+        host = {i: logits[i].cpu().numpy() for i, choice in enumerate(choices) if choice is None}
+        tokens = [-1] * len(choices)
+        if len(host) < len(choices):
+            tokens = sampling.choose(logits, [choice or RowChoice() for choice in choices], self._num_tokens)
+        chosen = []
+        for i, sampler in enumerate(samplers):
+            if i in host:
+                if self._num_tokens is not None:
+                    host[i][self._num_tokens :] = -np.inf
+                chosen.append(sampler.choose(host[i]))
+            elif tokens[i] < 0:
+                row = logits[i].cpu().numpy()
+                chosen.append(Sampled(-1, error=EngineError(_not_finite(row, row))))
+            else:
+                chosen.append(Sampled(tokens[i]))
+        return chosen
 
 
 def draw(row: Row, params: SamplingParams, uniform: float) -> int:

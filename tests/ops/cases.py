@@ -8,7 +8,7 @@ Tolerances come from the arithmetic, not from what was seen. Both sides sum in f
 terms of like size wanders by about 2^-24 * sqrt(n) of its largest partial sum; 8 of these are allowed, relative to the
 largest value of the result. A bfloat16 result is rounded once on both sides, so where that wandering crosses a rounding
 boundary it may be one unit (2^-7 of the value) off, but rarely: `max_flips` is the share of elements
-that may differ at all.
+that may differ at all. float16, which GPUs run too, is the same with 2^-10.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ from torch import Tensor
 from pagelens.ops import OpCase, RopeTable
 
 Run = Callable[[], Any]
-F32, BF16 = torch.float32, torch.bfloat16
-SHORT = {F32: "f32", BF16: "bf16"}
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+SHORT = {F32: "f32", BF16: "bf16", F16: "f16"}
+UNIT = {F32: 0.0, BF16: 2.0**-7, F16: 2.0**-10}  # of a rounded result, relative; float32 results are not rounded
 
 
 def noise(generator: torch.Generator, shape: tuple[int, ...], dtype: torch.dtype, scale: float = 1.0) -> Tensor:
@@ -102,14 +103,14 @@ def difference(result: Tensor, expected: Tensor, case: Case) -> str | None:
     if not torch.equal(result.isnan(), expected.isnan()):
         return f"{case.id}: NaN in {int(result.isnan().sum())} places instead of {int(expected.isnan().sum())}"
     a, b = result.double().nan_to_num(), expected.double().nan_to_num()
-    once = 2.0**-7 if expected.dtype == BF16 else 0.0
+    once = UNIT[expected.dtype]
     excess = (a - b).abs() - once * b.abs() - case.absolute() * float(b.abs().max())
     worst = int(excess.argmax())
     if float(excess.max()) > 0:
         found, wanted = float(a.flatten()[worst]), float(b.flatten()[worst])
         return f"{case.id}: element {worst} is {found!r} instead of {wanted!r} (largest {float(b.abs().max()):.4g})"
     flips = float((a != b).double().mean())
-    if expected.dtype == BF16 and flips > max(case.max_flips, 2 / a.numel()):
+    if once and flips > max(case.max_flips, 2 / a.numel()):
         return f"{case.id}: {flips:.2%} of the elements differ, at most {case.max_flips:.2%} may"
     return None
 
@@ -384,7 +385,7 @@ class SwigluCase(Case):
         return self.width + self.inner
 
     def absolute(self) -> float:
-        rounded = 2.0**-7 / math.sqrt(self.inner) if self.dtype == BF16 else 0.0  # one flip of the product
+        rounded = UNIT[self.dtype] / math.sqrt(self.inner)  # one flip of the product
         return super().absolute() + rounded
 
     def label(self) -> str:

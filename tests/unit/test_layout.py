@@ -10,6 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 ENGINE = ROOT / "engine"
 LAYERS = {
+    "kernels": -1,
     "types": 0,
     "errors": 0,
     "config": 0,

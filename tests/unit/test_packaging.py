@@ -52,6 +52,8 @@ def test_the_wheel_has_the_packages_and_nothing_else(built: dict[str, Path]) -> 
     for folder, package in (("engine", "pagelens"), ("kernels", "pagelens/kernels")):
         for path in (source / folder).rglob("*.py"):
             assert f"{package}/{path.relative_to(source / folder).as_posix()}" in names, path
+    for path in (source / "kernels" / "configs").glob("*.json"):
+        assert f"pagelens/kernels/configs/{path.name}" in names, path
     for path in (source / "engine" / "assets").rglob("*"):
         if path.is_file() and path.suffix != ".pyc":
             assert f"pagelens/{path.relative_to(source / 'engine').as_posix()}" in names, path
