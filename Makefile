@@ -7,7 +7,7 @@ STAMP  := $(VENV)/.installed
 NATIVE := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h)
 CPP    := $(shell find csrc -name '*.cpp' -o -name '*.h')
 
-.PHONY: setup demo test test-slow lint bench format clean
+.PHONY: setup demo test test-slow lint bench bench-gpu format clean
 
 setup: $(STAMP)
 
@@ -43,6 +43,10 @@ format: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m pytest benchmarks/bench_ops.py --benchmark-enable --benchmark-only
+
+# On a card: every workload of the GPU kernels beside the card's own copy and product. DRY=1 needs none and times nothing.
+bench-gpu: $(STAMP)
+	$(BIN)/python benchmarks/bench_gpu.py $(if $(DRY),--dry-run)
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

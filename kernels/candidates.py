@@ -24,21 +24,15 @@ def _keys(*rows: tuple[int, ...]) -> list[Config]:
     return made
 
 
-FEW_ROWS = _tiles(
-    (16, 32, 128, 4, 4, 1),
-    (16, 64, 128, 4, 3, 1),
-    (16, 64, 64, 4, 4, 2),
-    (16, 32, 128, 4, 3, 2),
-    (16, 64, 128, 4, 3, 4),
-)
-SOME_ROWS = _tiles((32, 64, 64, 4, 4, 1), (64, 64, 64, 4, 3, 1), (64, 32, 128, 4, 3, 1), (64, 64, 64, 4, 3, 2))
-MANY_ROWS = _tiles((64, 128, 64, 4, 3, 1), (128, 64, 64, 4, 3, 1), (128, 128, 64, 8, 3, 1), (64, 64, 64, 4, 3, 1))
-EIGHT_BITS = _tiles((16, 64, 64, 4, 3, 1), (16, 32, 128, 4, 3, 1), (16, 32, 128, 4, 3, 2), (16, 64, 128, 4, 3, 4))
-FOUR_BITS = _tiles((16, 64, 32, 4, 3, 1), (16, 64, 32, 4, 4, 2), (16, 32, 32, 4, 4, 2), (16, 64, 32, 4, 4, 4))
-EXPERTS_FEW = _tiles((16, 64, 64, 4, 3), (16, 32, 128, 4, 4), (16, 64, 128, 4, 3), (16, 32, 64, 4, 4))
-EXPERTS_MANY = _tiles((64, 64, 64, 4, 3), (64, 128, 64, 4, 3), (128, 128, 64, 8, 3), (128, 64, 64, 4, 3))
-SCORES = _keys((64, 64, 4, 2), (128, 64, 8, 2), (64, 32, 4, 3), (64, 64, 8, 2), (32, 64, 4, 2))
-DECODE = _keys((16, 64, 4, 3, 8), (16, 64, 4, 3, 16), (16, 128, 4, 2, 8), (16, 64, 4, 2, 32), (16, 32, 4, 4, 16))
+FEW_ROWS = _tiles((16, 32, 128, 4, 4, 1), (16, 64, 64, 4, 4, 2), (16, 32, 128, 4, 3, 2))
+SOME_ROWS = _tiles((32, 64, 64, 4, 4, 1), (64, 64, 64, 4, 3, 1), (64, 32, 128, 4, 3, 1))
+MANY_ROWS = _tiles((64, 64, 64, 4, 3, 1), (64, 128, 64, 4, 3, 1), (128, 128, 64, 8, 3, 1))
+EIGHT_BITS = _tiles((16, 64, 64, 4, 3, 1), (16, 32, 128, 4, 3, 2))
+FOUR_BITS = _tiles((16, 64, 32, 4, 3, 1), (16, 64, 32, 4, 4, 2))
+EXPERTS_FEW = _tiles((16, 64, 64, 4, 3), (16, 32, 128, 4, 4))
+EXPERTS_MANY = _tiles((64, 64, 64, 4, 3), (64, 128, 64, 4, 3), (128, 128, 64, 8, 3))
+SCORES = _keys((64, 64, 4, 2), (128, 64, 8, 2), (64, 64, 8, 2), (32, 64, 4, 2))
+DECODE = _keys((16, 64, 4, 3, 8), (16, 64, 4, 3, 16), (16, 32, 4, 4, 16))
 
 
 def candidates(workload: Workload) -> list[Config]:
@@ -47,6 +41,8 @@ def candidates(workload: Workload) -> list[Config]:
         return FEW_ROWS if workload.rows <= 16 else SOME_ROWS if workload.rows <= 64 else MANY_ROWS
     if workload.key == "grouped_gemm":
         return EXPERTS_FEW if workload.when else EXPERTS_MANY
+    if workload.key == "linear_fp8" and not workload.when:
+        return SOME_ROWS
     return {
         "linear_int8": EIGHT_BITS,
         "linear_fp8": EIGHT_BITS,
@@ -55,7 +51,7 @@ def candidates(workload: Workload) -> list[Config]:
         "window_attention": SCORES,
         "paged_attention": [Config({**c.sizes, "SPLITS": 1}, c.options) for c in SCORES],
         "paged_attention_decode": DECODE,
-        "conv": _tiles((64, 64, 64, 4, 3), (64, 128, 64, 4, 3), (32, 64, 64, 4, 4), (128, 128, 64, 8, 3)),
-        "conv_norm": _tiles((32, 256, 32, 8, 2), (64, 256, 32, 8, 3), (64, 256, 64, 8, 2), (32, 256, 64, 8, 3)),
-        "patch_embed": _tiles((64, 64, 64, 4, 3), (128, 64, 64, 4, 3), (128, 128, 64, 8, 3)),
+        "conv": _tiles((64, 64, 64, 4, 3), (64, 128, 64, 4, 3), (32, 64, 64, 4, 4)),
+        "conv_norm": _tiles((32, 256, 32, 8, 2), (64, 256, 32, 8, 3), (32, 256, 64, 8, 3)),
+        "patch_embed": _tiles((64, 64, 64, 4, 3), (128, 64, 64, 4, 3)),
     }.get(workload.key, [])

@@ -8,7 +8,7 @@ in the order of its rules, the one without limits last.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -48,7 +48,9 @@ def dense(n: int, k: int, device: torch.device, experts: int = 1) -> Matrix:
 
 
 def quantized(n: int, k: int, kind: str, device: torch.device) -> Matrix:
-    """int8 with a scale a row, int4 and fp8 with one for 128 inputs."""
+    """int8 with a scale a row, int4 and fp8 with one for 128 inputs; "fp8 of fp8": of activations rounded to it."""
+    if kind == "fp8 of fp8":
+        return replace(quantized(n, k, "fp8", device), rounding="fp8", rounded_in_groups=True)
     group = k if kind == "int8" else 128
     scales = torch.ones((1, k // group, n), dtype=F32, device=device)
     if kind == "int4":
@@ -66,11 +68,12 @@ def linear_work(rows: int, k: int, n: int, when: dict[str, int], kind: str = "de
         weight = dense(n, k, device) if kind == "dense" else quantized(n, k, kind, device)
         return lambda: linear(x, weight)
 
-    per_weight = {"dense": 2.0, "int8": 1.0, "fp8": 1.0 + 4 / 128, "int4": 0.5 + 4 / 128}[kind]
+    per_weight = {"dense": 2.0, "int8": 1.0, "fp8": 1.0 + 4 / 128, "int4": 0.5 + 4 / 128}[kind.split()[0]]
     moved = int(n * k * per_weight) + 2 * rows * (n + k)
-    key = "linear" if kind == "dense" else f"linear_{kind}"
+    key = "linear" if kind == "dense" else f"linear_{kind.split()[0]}"
+    name = "linear" if kind == "dense" else f"linear_{kind}"
     operands = {"rows": rows, "row_operand": int(n * k * per_weight), "cols": n, "col_operand": 2 * rows * k}
-    return Workload(key, f"{key} {rows}x{k}x{n}", make, moved, 2 * rows * n * k, when, **operands)
+    return Workload(key, f"{name} {rows}x{k}x{n}", make, moved, 2 * rows * n * k, when, **operands)
 
 
 def attention_work() -> Workload:
@@ -134,7 +137,7 @@ def patch_work() -> Workload:
         from .patch_embed import patch_embed
 
         pixels = torch.zeros((1, 3, side, side), dtype=BF16, device=device)
-        weight = dense(width, 3 * patch**2, device)
+        weight = replace(dense(width, 3 * patch**2, device), bias=torch.zeros(width, dtype=F32, device=device))
         return lambda: patch_embed(pixels, weight, patch)
 
     rows, k = (side // patch) ** 2, 3 * patch**2
@@ -240,6 +243,41 @@ def norm_work(rows: int, width: int, layer: bool) -> Workload:
     return Workload(key, f"{key} {rows}x{width}", make, 4 * rows * width + 4 * width, 0, products=False)
 
 
+def sample_work(vocab: int) -> Workload:
+    """Greedy reads a row twice; what drawing reads is in sample.py."""
+
+    def make(device: torch.device) -> Call:
+        from .sample import mask_ngrams, sample
+
+        logits = torch.zeros((1, vocab), dtype=F32, device=device)
+        zero, one = (torch.full((1,), value, dtype=F32, device=device) for value in (0.0, 1.0))
+        history = torch.zeros((1, 1024), dtype=I32, device=device)
+        length, size, window = (torch.full((1,), value, dtype=I32, device=device) for value in (1024, 20, 90))
+        allowed = torch.full((1, 2), -1, dtype=I32, device=device)
+        none = torch.zeros(1, dtype=I32, device=device)
+
+        def call() -> object:
+            mask_ngrams(logits, history, length, size, window, allowed)
+            return sample(logits, zero, none, one, zero, zero)
+
+        return call
+
+    return Workload("sample", f"sample {vocab} with n-gram mask", make, 4 * vocab, 0, products=False)
+
+
+def embedding_work() -> Workload:
+    width, vocab = 1280, 129280
+
+    def make(device: torch.device) -> Call:
+        from .embedding import embedding
+
+        table = torch.zeros((vocab, width), dtype=BF16, device=device)
+        ids = torch.zeros(1, dtype=I32, device=device)
+        return lambda: embedding(ids, table)
+
+    return Workload("embedding", f"embedding 1x{width}", make, 4 * width, 0, products=False)
+
+
 # DeepSeek-OCR (1,280 wide, 10 heads of 128) and Qwen3-30B-A3B (2,048 wide, 32 heads of 128 over 4).
 WORKLOADS = (
     linear_work(1, 1280, 3840, {"rows": 16}),
@@ -248,6 +286,7 @@ WORKLOADS = (
     linear_work(1, 2048, 4096, {"rows": 16}, "int8"),
     linear_work(1, 2048, 4096, {"rows": 16}, "int4"),
     linear_work(1, 2048, 4096, {"rows": 16}, "fp8"),
+    linear_work(16, 2048, 4096, {}, "fp8 of fp8"),
     attention_work(),
     window_work(14, {"window": 14}),
     window_work(0, {}),
@@ -267,4 +306,6 @@ WORKLOADS = (
     rope_work(),
     norm_work(1, 1280, False),
     norm_work(4096, 768, True),
+    embedding_work(),
+    sample_work(129280),
 )

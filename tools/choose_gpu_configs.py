@@ -13,8 +13,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from gpu_static import search  # noqa: E402
-from gpu_static.compiled import TARGETS  # noqa: E402
+from gpu_static import search
+from gpu_static.compiled import TARGETS
 
 
 def main(arguments: list[str] | None = None) -> int:

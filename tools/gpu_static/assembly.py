@@ -135,7 +135,7 @@ def read_amd(compiled: Compiled) -> Resources:
 
 
 def amd_loop(text: str) -> dict[str, int]:
-    """The innermost loop with most matrix instructions, then the longest, of labels .LBB0_n and branches back to them."""
+    """As hot_loop, of labels .LBB0_n and branches back to them."""
     code: list[str] = []
     labels: dict[str, int] = {}
     spans = []

@@ -53,9 +53,9 @@ def floor_seconds(target: str, workload: Workload) -> tuple[float, str]:
 
 
 def estimate(target: str, workload: Workload, launches: Sequence[tuple[Launch, Resources]]) -> Estimate:
-    """Of a call whose first launch does the work (others join parts or combine terms)."""
+    """Of a call of which one launch does the work (others round inputs, join parts or combine terms)."""
     device = DEVICES[target]
-    launch, resources = launches[0]
+    launch, resources = main_launch(launches)
     programs = math.prod(launch.grid)
     fit = max(occupancy(target, resources).programs, 1)
     here = min(fit, math.ceil(programs / device.multiprocessors))
@@ -76,6 +76,11 @@ def estimate(target: str, workload: Workload, launches: Sequence[tuple[Launch, R
     compute = padded / (device.tflops * 1e12) / full / issue_share(target, resources)
     total = max(memory, l2, compute) + waves * LATENCY + len(launches) * LAUNCH
     return Estimate(total, memory, l2, compute)
+
+
+def main_launch(launches: Sequence[tuple[Launch, Resources]]) -> tuple[Launch, Resources]:
+    """The first with matrix instructions, or the first."""
+    return next((pair for pair in launches if pair[1].tensor), launches[0])
 
 
 def issue_share(target: str, resources: Resources) -> float:

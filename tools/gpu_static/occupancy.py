@@ -64,10 +64,10 @@ def occupancy(target: str, resources: Resources) -> Occupancy:
         block = math.ceil((resources.shared + RESERVED) / 128) * 128
         by_shared = device.shared // block if resources.shared <= device.shared_of_program else 0
     limits = {
-        "registers": by_registers,
-        "shared": by_shared,
         "warps": device.warps // warps,
         "programs": device.programs,
+        "registers": by_registers,
+        "shared": by_shared,
     }
     limiter = min(limits, key=lambda name: limits[name])
     return Occupancy(limits[limiter], limits[limiter] * warps / device.warps, limiter)

@@ -20,7 +20,7 @@ from pagelens.kernels.workloads import WORKLOADS, Workload
 
 from .assembly import Resources, read
 from .compiled import CompileError, compile_all, setup
-from .cost import estimate
+from .cost import estimate, main_launch
 from .occupancy import occupancy
 from .recorded import record
 
@@ -44,11 +44,12 @@ def judge(target: str, workload: Workload, launches: list, found: Sequence[Resou
         if not occupancy(target, result).programs:
             return Judged(0.0, 0, "", f"does not fit ({result.shared} bytes of shared memory)")
     whole = [result for result in found if isinstance(result, Resources)]
-    guess, main = estimate(target, workload, list(zip(launches, whole))), whole[0]
+    pairs = list(zip(launches, whole))
+    guess, (_, main) = estimate(target, workload, pairs), main_launch(pairs)
     fit = occupancy(target, main)
     note = (
-        f"{workload.name}: {1e6 * guess.total:.1f} us by the model, bound by {guess.bound}; {main.registers} registers, "
-        f"{main.shared} bytes shared, {fit.programs} a multiprocessor ({fit.limiter})"
+        f"{workload.name}: {1e6 * guess.total:.1f} us by the model, bound by {guess.bound}; {main.registers} "
+        f"registers, {main.shared} bytes shared, {fit.programs} a multiprocessor ({fit.limiter})"
     )
     return Judged(guess.total, main.registers, note)
 

@@ -10,14 +10,18 @@ from pagelens.kernels.workloads import WORKLOADS, Workload
 
 from .assembly import Resources, read
 from .compiled import TARGETS, CompileError, compile_all, setup
+from .cost import floor_seconds
 from .occupancy import DEVICES, occupancy
 from .recorded import record
 
 HEAD = """# Resources of the GPU kernels
 
 Not measured on a GPU. What the compilers say, by `python tools/gpu_resources.py --write` (a test compares): triton
-{version}, its own ptxas, cuobjdump and LLVM. Each table is one workload of `kernels/workloads.py` with the configuration
-that its target uses.
+{version}, its own ptxas, cuobjdump and LLVM. Each table is one workload of `kernels/workloads.py` with the
+configuration that its target uses.
+
+The floor is bytes at the full bandwidth or FLOPs at the full rate of a data sheet: A100 80 GB 2.04 TB/s and 312
+TFLOP/s, H100 SXM 3.35 TB/s and 989 TFLOP/s.
 
 regs: registers a thread (gfx942: vector registers, accumulators included). stack: bytes a thread. spills: LDL and STL
 (gfx942: scratch) instructions. shared: bytes a program. tensor: HMMA, HGMMA, UTCHMMA, mfma ... instructions. copies:
@@ -53,9 +57,38 @@ def render(rows: Sequence[Row]) -> str:
     parts = [HEAD.format(version=setup().__version__)]
     for workload in WORKLOADS:
         own = [row for row in rows if row.workload is workload]
-        parts += [f"\n## {workload.name}\n", COLUMNS, "|" + "---|" * (COLUMNS.count("|") - 1)]
+        parts += [
+            f"\n## {workload.name}\n",
+            floors(workload),
+            *mixes(own),
+            "",
+            COLUMNS,
+            "|" + "---|" * (COLUMNS.count("|") - 1),
+        ]
         parts += [line(row) for row in own]
     return "\n".join(parts) + "\n"
+
+
+def floors(workload: Workload) -> str:
+    """Bytes, FLOPs, and the time that no kernel can beat."""
+    times = []
+    for target in ("sm_80", "sm_90"):
+        seconds, bound = floor_seconds(target, workload)
+        times.append(f"{DEVICES[target].name} {1e6 * seconds:.2f} us ({bound})")
+    flops = f"{workload.flops / 1e9:.3f} GFLOP" if workload.products else "no product"
+    return f"{workload.bytes / 1e6:.3f} MB, {flops}; floor: {', '.join(times)}."
+
+
+def mixes(rows: Sequence[Row]) -> list[str]:
+    """The hot loop on an A100 and an H100, where there is one."""
+    lines = []
+    for row in rows:
+        if row.target not in ("sm_80", "sm_90") or not row.resources.loop:
+            continue
+        common = sorted(row.resources.loop.items(), key=lambda item: (-item[1], item[0]))[:8]
+        name = row.launch.name.removesuffix("_kernel")
+        lines.append(f"Hot loop of {name} on {row.target}: {', '.join(f'{n} {op}' for op, n in common)}.")
+    return ["", "\n\n".join(lines)] if lines else []
 
 
 def line(row: Row) -> str:

@@ -1,5 +1,5 @@
 """The kernels as their compilers emit them. A process compiles kernels or interprets them, never both: these tests have
-one of their own, which tests/gpu/test_compiled.py starts with PAGELENS_TEST_COMPILED=1; elsewhere they are not collected.
+one of their own, which tests/gpu/test_compiled.py starts with PAGELENS_TEST_COMPILED=1; elsewhere none is collected.
 """
 
 from __future__ import annotations

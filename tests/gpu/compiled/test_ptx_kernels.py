@@ -1,6 +1,6 @@
 """The Triton kernels as the sm_80 code that they compile to, on small cases of the shared list against the reference.
 
-The mutants edit the PTX of a case that passes, and must be found out: by the memory checks, as a hazard, or by the result.
+The mutants edit the PTX of a case that passes, and must be found out: by a memory check, as a hazard, or by the result.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from gpu.ptx.errors import PtxError
 from gpu.gpu_cases import GPU_SMALL
+from gpu.ptx.errors import PtxError
 from ops.cases import Case, difference
 
 # What each op's cases have to show: several CTAs, edges in every axis, more than one block of the summed axis.
@@ -108,12 +108,33 @@ def wrong_lane(text: str) -> str:
     return replaced(r"(shfl\.sync\.bfly\.b32\s+%r\d+, %r\d+, )1,", r"\g<1>2,", text)
 
 
+ROWS, EDGES = "linear[200x1281x70-residual-strided-bf16]", "linear[29x66x65-bias-bf16]"
+PAGED = "paged_attention[70of70-block5-4of2x22-sharp1-bf16]"
+MIXED, ODD = "moe_ffn[37x192x96-8top2-shared192-bf16]", "moe_ffn[19x77x33-5top5-shared0-renorm-bf16]"
 MUTANTS = [
-    ("linear[200x1281x70-residual-strided-bf16]", "linear_kernel", later_wait),
-    ("linear[200x1281x70-residual-strided-bf16]", "linear_kernel", no_barrier),
-    ("linear[37x193x77-gelu-bias-bf16]", "linear_kernel", no_store_mask),
-    ("linear[29x66x65-bias-bf16]", "linear_kernel", swapped_fragments),
-    ("linear[29x66x65-bias-bf16]", "linear_kernel", wrong_matrix_row),
+    (ROWS, "linear_kernel", later_wait),
+    (ROWS, "linear_kernel", no_barrier),
+    (EDGES, "linear_kernel", no_store_mask),
+    (EDGES, "linear_kernel", swapped_fragments),
+    (EDGES, "linear_kernel", wrong_matrix_row),
+    ("qk_norm_rope_store[11x6of6x32-norm-bf16]", "qk_norm_rope_store_kernel", wrong_lane),
+    ("qk_norm_rope_store[11x4of2x22-bf16]", "qk_norm_rope_store_kernel", no_store_mask),
+    (PAGED, "paged_attention_kernel", no_barrier),
+    (PAGED, "paged_attention_kernel", wrong_lane),
+    ("attention[2x131-1x64-sharp1-bf16]", "attention_kernel", later_wait),
+    ("attention[2x131-1x64-sharp1-bf16]", "attention_kernel", swapped_fragments),
+    ("attention[2x10-3x6-sharp1-bf16]", "attention_kernel", no_store_mask),
+    ("window_attention[1x10-window7-2x16-sharp1-bf16]", "window_attention_kernel", no_barrier),
+    ("window_attention[1x10-window7-2x16-sharp1-bf16]", "window_attention_kernel", wrong_matrix_row),
+    ("window_attention[1x9-window4-3x6-sharp1-bf16]", "window_attention_kernel", no_load_mask),
+    ("conv_downsample[2x8x48-32-40-64-bf16]", "conv_kernel", later_wait),
+    ("conv_downsample[2x8x48-32-40-64-bf16]", "conv_kernel", wrong_matrix_row),
+    ("conv_downsample[1x6x13-7-5-9-bf16]", "conv_kernel", no_store_mask),
+    (MIXED, "moe_routing_kernel", wrong_lane),
+    (MIXED, "moe_permute_kernel", no_barrier),
+    (MIXED, "grouped_gemm_kernel", later_wait),
+    (ODD, "grouped_gemm_kernel", no_store_mask),
+    (ODD, "combine_kernel", no_store_mask),
 ]
 
 

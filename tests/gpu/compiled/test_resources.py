@@ -1,11 +1,10 @@
-"""docs/gpu-resources.md is what the compilers say today, and no chosen configuration spills or misses its tensor cores."""
+"""docs/gpu-resources.md is what the compilers say; no chosen configuration spills or misses its tensor cores."""
 
 from __future__ import annotations
 
+import gpu_resources
 import pytest
 from gpu_static import table
-
-import gpu_resources
 
 
 @pytest.fixture(scope="module")
