@@ -7,7 +7,7 @@ STAMP  := $(VENV)/.installed
 NATIVE := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h)
 CPP    := $(shell find csrc -name '*.cpp' -o -name '*.h')
 
-.PHONY: setup demo test test-slow lint bench bench-gpu format clean
+.PHONY: setup demo test test-slow test-gpu lint bench bench-gpu format clean
 
 setup: $(STAMP)
 
@@ -43,6 +43,10 @@ format: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m pytest benchmarks/bench_ops.py --benchmark-enable --benchmark-only
+
+# On a card: the case list against the reference. DRY=1 needs none, and compares nothing.
+test-gpu: $(STAMP)
+	PAGELENS_TEST_GPU=$(if $(DRY),dry,card) $(BIN)/python -m pytest tests/gpu/device -q
 
 # On a card: every workload of the GPU kernels beside the card's own copy and product. DRY=1 needs none and times nothing.
 bench-gpu: $(STAMP)

@@ -69,7 +69,7 @@ def test_compiled_kernels(name: str) -> None:
 
 
 # ---- mutants -------------------------------------------------------------------------------------------------------
-def replaced(pattern: str, new: str, text: str, count: int = 0) -> str:
+def replaced(pattern: str, new: str | Callable[[re.Match[str]], str], text: str, count: int = 0) -> str:
     changed, found = re.subn(pattern, new, text, count=count, flags=re.M)
     assert found, f"nothing matches {pattern}"
     return changed
@@ -112,7 +112,7 @@ ROWS, EDGES = "linear[200x1281x70-residual-strided-bf16]", "linear[29x66x65-bias
 PAGED = "paged_attention[70of70-block5-4of2x22-sharp1-bf16]"
 MIXED, ODD = "moe_ffn[37x192x96-8top2-shared192-bf16]", "moe_ffn[19x77x33-5top5-shared0-renorm-bf16]"
 MUTANTS = [
-    (ROWS, "linear_kernel", later_wait),
+    ("linear[5x192x384-silu-f32out-bf16]", "linear_kernel", later_wait),
     (ROWS, "linear_kernel", no_barrier),
     (EDGES, "linear_kernel", no_store_mask),
     (EDGES, "linear_kernel", swapped_fragments),
