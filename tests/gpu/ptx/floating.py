@@ -10,6 +10,7 @@ import numpy as np
 
 from .bits import Array, flush, halves, join_halves, to_bits, to_values
 from .decode import Decoder, Run, Sink, Source, elementwise, opcode
+from .machine import Machine, Mask
 from .syntax import TYPE_BITS
 
 SCALAR = ("f16", "bf16", "f32", "f64")
@@ -44,7 +45,7 @@ def reader(raw: Source, kind: str, ftz: bool) -> Source:
 def result(d: Decoder, kind: str, ftz: bool, saturate: bool) -> Sink:
     sink = d.sink(0, TYPE_BITS[kind])
 
-    def finish(m, value, mask) -> None:  # type: ignore[no-untyped-def]
+    def finish(m: Machine, value: Array, mask: Mask) -> None:
         if saturate:
             value = np.where(np.isnan(value), 0, np.clip(value, 0, 1))
         if kind in PACKED:

@@ -9,6 +9,7 @@ import numpy as np
 from . import floating
 from .bits import SIGNED, UNSIGNED, Array
 from .decode import Decoder, Run, elementwise, opcode
+from .machine import Machine, Mask
 from .syntax import TYPE_BITS
 
 INTEGERS = tuple(f"{kind}{bits}" for kind in "su" for bits in (16, 32, 64))
@@ -188,7 +189,7 @@ def insert(d: Decoder) -> Run:
     sources = [d.source(1, bits), d.source(2, bits), d.source(3, 32), d.source(4, 32)]
     sink = d.sink(0, bits)
 
-    def run(m, mask) -> None:  # type: ignore[no-untyped-def]
+    def run(m: Machine, mask: Mask) -> None:
         field, into, start, length = (s(m) for s in sources)
         first, width = (start & np.uint32(255)), (length & np.uint32(255))
         by = np.minimum(first, 63).astype(np.uint64)

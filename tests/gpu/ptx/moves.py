@@ -9,6 +9,7 @@ import numpy as np
 from .bits import FLOAT, SIGNED, UNSIGNED, Array, flush, join_halves, to_bits
 from .decode import SHARED_WINDOW, Decoder, Run, elementwise, opcode
 from .integer import BITS, INTEGERS
+from .machine import Machine, Mask
 from .syntax import TYPE_BITS, Symbol, Vector
 
 FLOATS = ("f16", "bf16", "f32", "f64")
@@ -38,7 +39,7 @@ def unpack(d: Decoder, bits: int, target: Vector) -> Run:
     sinks = [d.sink_of(item, part) for item in target.items]
     origin, kind = d.source(1, bits), UNSIGNED[part]
 
-    def run(m, mask) -> None:  # type: ignore[no-untyped-def]
+    def run(m: Machine, mask: Mask) -> None:
         value = origin(m)
         for at, sink in enumerate(sinks):
             sink(m, (value >> value.dtype.type(part * at)).astype(kind), mask)
@@ -51,7 +52,7 @@ def pack(d: Decoder, bits: int, origin: Vector) -> Run:
     sources = [d.source_of(item, part) for item in origin.items]
     sink, kind = d.sink(0, bits), UNSIGNED[bits]
 
-    def run(m, mask) -> None:  # type: ignore[no-untyped-def]
+    def run(m: Machine, mask: Mask) -> None:
         value = sources[0](m).astype(kind)
         for at, source in enumerate(sources[1:], 1):
             value = value | source(m).astype(kind) << kind(part * at)

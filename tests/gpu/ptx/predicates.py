@@ -9,6 +9,7 @@ import numpy as np
 from .bits import Array, flush
 from .decode import Decoder, Run, Source, elementwise, opcode
 from .integer import BITS, INTEGERS
+from .machine import Machine, Mask
 from .syntax import TYPE_BITS, Pair
 
 FLOATS = ("f16", "bf16", "f32", "f64")
@@ -60,7 +61,7 @@ def set_predicate(d: Decoder) -> Run:
     also = d.predicate(3) if combine else None
     function = {"and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor}[combine or "and"]
 
-    def run(m, mask) -> None:  # type: ignore[no-untyped-def]
+    def run(m: Machine, mask: Mask) -> None:
         holds = compare(a(m), b(m))
         fails = ~holds
         if also is not None:
