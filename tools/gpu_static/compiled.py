@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import multiprocessing
 import os
 import pickle
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pagelens.kernels.launch import Launch
 
 ROOT = Path(__file__).resolve().parents[2]
 CACHE = ROOT / "build" / "triton-cache"
+READ = ROOT / "build" / "gpu-resources"
+Result = TypeVar("Result")
 TARGETS = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
-_FAILED = "error"
 
 
 @dataclass(frozen=True)
@@ -105,28 +107,36 @@ def fingerprint(launch: Launch, target: str) -> str:
     return hashlib.sha256(pickle.dumps((source.hash(), target, backend_options))).hexdigest()
 
 
-_jobs: list[tuple[Launch, str, Any]] = []
+_jobs: list[tuple[Launch, str, str, Any]] = []
 
 
 def _work(index: int) -> Any:
-    launch, target, read = _jobs[index]
+    launch, target, key, read = _jobs[index]
+    path = READ / f"{key}.json"
+    if path.is_file():
+        return json.loads(path.read_text(encoding="utf-8"))
     try:
-        return read(compile_launch(launch, target))
+        found = asdict(read(compile_launch(launch, target)))
     except CompileError as error:
-        return CompileError(str(error))
+        return str(error)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(found), encoding="utf-8")
+    return found
 
 
-def compile_all(jobs: Sequence[tuple[Launch, str]], read: Any, processes: int | None = None) -> list[Any]:
-    """read(Compiled) of every job, or its CompileError, compiled in as many processes as there are CPUs.
+def compile_all(
+    jobs: Sequence[tuple[Launch, str]], read: Callable[[Compiled], Result], kind: type[Result], processes: int = 0
+) -> list[Result | CompileError]:
+    """read(Compiled) of every job, a dataclass `kind`, or its CompileError; in as many processes as there are CPUs.
 
-    Jobs that would compile to the same code are compiled once. Only what `read` returns crosses processes.
+    Jobs that would compile to the same code are compiled once, and what was read is kept in build/gpu-resources.
     """
     global _jobs
-    setup()
-    keys = [fingerprint(launch, target) for launch, target in jobs]
+    version = f"{setup().__version__}{(Path(__file__).parent / 'assembly.py').read_text(encoding='utf-8')}"
+    keys = [hashlib.sha256((fingerprint(*job) + version).encode()).hexdigest() for job in jobs]
     first = {key: at for at, key in reversed(list(enumerate(keys)))}
-    _jobs = [(*jobs[at], read) for at in first.values()]
+    _jobs = [(*jobs[at], key, read) for key, at in first.items()]
     processes = min(processes or os.cpu_count() or 1, max(len(_jobs), 1))
     with multiprocessing.get_context("fork").Pool(processes) as pool:
         results = dict(zip(first, pool.map(_work, range(len(_jobs)), chunksize=1)))
-    return [results[key] for key in keys]
+    return [CompileError(r) if isinstance(r, str) else kind(**r) for r in (results[key] for key in keys)]

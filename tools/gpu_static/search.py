@@ -39,8 +39,8 @@ def judge(target: str, workload: Workload, launches: list, found: Sequence[Resou
     for result in found:
         if isinstance(result, CompileError):
             return Judged(0.0, 0, "", f"does not compile ({str(result).split(': ', 1)[-1][:60]})")
-        if result.stack or result.spills:
-            return Judged(0.0, 0, "", f"spills ({result.stack} bytes of stack)")
+        if result.spills:
+            return Judged(0.0, 0, "", f"spills ({result.spills} instructions)")
         if not occupancy(target, result).programs:
             return Judged(0.0, 0, "", f"does not fit ({result.shared} bytes of shared memory)")
     whole = [result for result in found if isinstance(result, Resources)]
@@ -54,7 +54,7 @@ def judge(target: str, workload: Workload, launches: list, found: Sequence[Resou
     return Judged(guess.total, main.registers, note)
 
 
-def rules(target: str, processes: int | None = None) -> dict[str, list[dict[str, Any]]]:
+def rules(target: str, processes: int = 0) -> dict[str, list[dict[str, Any]]]:
     """The rules of a target by kernel."""
     setup()
     grouped: dict[tuple[str, str], list[Workload]] = {}
@@ -68,7 +68,7 @@ def rules(target: str, processes: int | None = None) -> dict[str, list[dict[str,
                 with forced_config(key, config):
                     trials.append((config, workload, record(workload, target)))
     jobs = [(launch, target) for _, _, launches in trials for launch in launches]
-    found = iter(compile_all(jobs, read, processes))
+    found = iter(compile_all(jobs, read, Resources, processes))
     judged = [(c, w, judge(target, w, launches, [next(found) for _ in launches])) for c, w, launches in trials]
     result: dict[str, list[dict[str, Any]]] = {}
     for (key, _), workloads in grouped.items():

@@ -23,7 +23,8 @@ configuration that its target uses.
 The floor is bytes at the full bandwidth or FLOPs at the full rate of a data sheet: A100 80 GB 2.04 TB/s and 312
 TFLOP/s, H100 SXM 3.35 TB/s and 989 TFLOP/s.
 
-regs: registers a thread (gfx942: vector registers, accumulators included). stack: bytes a thread. spills: LDL and STL
+regs: registers a thread (gfx942: vector registers, accumulators included). stack: bytes a thread (a frame that
+nothing reads or writes is no spill). spills: LDL and STL
 (gfx942: scratch) instructions. shared: bytes a program. tensor: HMMA, HGMMA, UTCHMMA, mfma ... instructions. copies:
 asynchronous copies to shared memory (gfx942: loads), in brackets those of 16 bytes and more. programs: on one
 multiprocessor at once, with their share of its warps and what limits them. loop: instructions of the hot loop and the
@@ -42,11 +43,11 @@ class Row:
     resources: Resources
 
 
-def collect(targets: Sequence[str] = TARGETS, processes: int | None = None) -> list[Row]:
+def collect(targets: Sequence[str] = TARGETS, processes: int = 0) -> list[Row]:
     """Every launch of every workload, compiled. Raises CompileError."""
     setup()
     jobs = [(w, t, launch) for w in WORKLOADS for t in targets for launch in record(w, t)]
-    found = compile_all([(launch, target) for _, target, launch in jobs], read, processes)
+    found = compile_all([(launch, target) for _, target, launch in jobs], read, Resources, processes)
     for result in found:
         if isinstance(result, CompileError):
             raise result
@@ -120,7 +121,7 @@ def problems(rows: Sequence[Row]) -> list[str]:
     found = []
     for row in rows:
         r, where = row.resources, f"{row.workload.name} on {row.target} ({row.launch.name})"
-        if r.stack or r.spills:
+        if r.spills:
             found.append(f"{where}: {r.stack} bytes of stack, {r.spills} spill instructions")
         if occupancy(row.target, r).programs == 0:
             found.append(f"{where}: not one program fits a multiprocessor of {DEVICES[row.target].name}")
