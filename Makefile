@@ -7,7 +7,8 @@ STAMP  := $(VENV)/.installed
 NATIVE := $(filter-out csrc/tests/%,$(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h))
 CPP    := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 
-.PHONY: setup demo test test-slow sanitize test-aarch64 lint bench bench-peers setup-peers format clean
+.PHONY: setup demo test test-slow test-gpu sanitize test-aarch64 lint bench bench-gpu bench-peers setup-peers format \
+	clean
 
 setup: $(STAMP)
 
@@ -70,6 +71,14 @@ setup-peers: .venv-peers/.installed .venv-peers-torch/.installed
 	test -x .venv-peers-torch/bin/python || $(PYTHON) -m venv .venv-peers-torch
 	.venv-peers-torch/bin/pip --disable-pip-version-check install -q -r $<
 	touch $@
+
+# On a card: the case list against the reference. DRY=1 needs none, and compares nothing.
+test-gpu: $(STAMP)
+	PAGELENS_TEST_GPU=$(if $(DRY),dry,card) $(BIN)/python -m pytest tests/gpu/device -q
+
+# On a card: every workload of the GPU kernels beside the card's own copy and product. DRY=1 needs none and times nothing.
+bench-gpu: $(STAMP)
+	$(BIN)/python benchmarks/bench_gpu.py $(if $(DRY),--dry-run)
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

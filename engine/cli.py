@@ -1,4 +1,4 @@
-"""The `pagelens` command: read, generate, chat, quantize, doctor, modes, bench. Parses arguments, others do the work.
+"""The `pagelens` command: read, generate, chat, quantize, doctor, tune, modes, bench. Only parses; others do the work.
 
 stdout carries results only (Markdown, or JSON with --json); notes, progress and errors go to stderr. Exit status 0: all
 done; 1: the output could not be written (a broken pipe, a full disk); 2: an input or option was refused (other inputs
@@ -15,6 +15,7 @@ import os
 import re
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from . import __version__
@@ -164,6 +165,12 @@ def build_parser() -> argparse.ArgumentParser:
     doctor.add_argument("--json", action="store_true", help="print JSON")
     doctor.set_defaults(run=run_doctor)
 
+    tune = commands.add_parser("tune", help="measure tile sizes of the GPU kernels on this card and keep the best")
+    tune.add_argument("--dry-run", action="store_true", help="run through it without a GPU and write nothing real")
+    tune.add_argument("--repeats", type=int, default=20, help="timed calls of a candidate; the median counts")
+    tune.add_argument("--output", metavar="DIR", help="folder of the file; default: the package's own kernels/configs")
+    tune.set_defaults(run=run_tune)
+
     modes = commands.add_parser("modes", help="list page modes and what a page costs in each")
     modes.add_argument("--model", help="checkpoint folder or hub id; default: the published DeepSeek-OCR")
     modes.add_argument("--size", default="1240x1754", help="width x height of the page in pixels; default: 1240x1754")
@@ -289,6 +296,18 @@ def run_doctor(args: argparse.Namespace) -> int:
     for row in report.ops:
         mark = "chosen" if row["chosen"] else "-"
         print(f"  {row['op']:20} {row['backend']:10} {mark:7} {row['reason']}")
+    return EXIT_OK
+
+
+def run_tune(args: argparse.Namespace) -> int:
+    from .tune import CudaTimer, DryTimer, tune, write
+
+    if args.repeats < 1:
+        raise ConfigError(f"--repeats {args.repeats} must be at least 1")
+    if args.dry_run and not args.output:
+        raise ConfigError("--dry-run needs --output DIR: its times are made up and must not replace a real file")
+    found = tune(DryTimer() if args.dry_run else CudaTimer(), args.repeats)
+    print(write(found, Path(args.output) if args.output else None))
     return EXIT_OK
 
 
