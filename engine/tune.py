@@ -50,12 +50,12 @@ class CudaTimer:
         times = []
         for _ in range(repeats):
             self.flush.zero_()
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
             start.record()  # type: ignore[no-untyped-call]
             call()
             end.record()  # type: ignore[no-untyped-call]
             end.synchronize()
-            times.append(start.elapsed_time(end) / 1e3)
+            times.append(float(start.elapsed_time(end)) / 1e3)
         return median(times)
 
     @contextmanager
