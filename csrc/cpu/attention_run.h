@@ -284,6 +284,11 @@ struct Attention16 {
 
 inline int64_t chunks_of(const AttentionArgs& a, int64_t s) { return (a.context_lens[s] + kChunk - 1) / kChunk; }
 
+// Groups of 16 keys from a chunk on.
+inline int64_t groups_of(const AttentionArgs& a, int64_t s, int64_t chunk) {
+  return (a.context_lens[s] - chunk * kChunk + kGroup - 1) / kGroup;
+}
+
 // The last sequence with before[stride * s] <= i.
 inline int64_t sequence_of(const int64_t* before, int64_t stride, int64_t num_sequences, int64_t i) {
   int64_t low = 0, high = num_sequences;
@@ -298,7 +303,7 @@ inline int64_t sequence_of(const int64_t* before, int64_t stride, int64_t num_se
 template <class Cache>
 void run_few(ThreadPool& pool, const Attention16<Cache>& attention) {
   const AttentionArgs& a = attention.a;
-  // Of each sequence: units and result floats before it, and query rows before it.
+  // Of each sequence: work (groups of keys of one head) and result floats before it, and query rows before it.
   int64_t* before = pool.shared<int64_t>(1, 3 * (a.num_sequences + 1));
   int64_t chunks = 0, most_rows = 0, most_chunks = 0;
   const auto is_few = [&](int64_t s) { return attention.queries(s) > 0 && attention.queries(s) <= kFewQueries; };
@@ -308,7 +313,7 @@ void run_few(ThreadPool& pool, const Attention16<Cache>& attention) {
   for (int64_t s = 0; s < a.num_sequences; s++) {
     const int64_t n = attention.queries(s), rows = n * a.num_heads;
     const bool few = is_few(s);
-    before[3 * s + 3] = before[3 * s] + (few ? chunks_of(a, s) * a.num_kv_heads : 0);
+    before[3 * s + 3] = before[3 * s] + (few ? groups_of(a, s, 0) * a.num_kv_heads : 0);
     before[3 * s + 4] = before[3 * s + 1] + (few ? chunks_of(a, s) * rows * attention.result_floats(a.head_dim) : 0);
     before[3 * s + 5] = before[3 * s + 2] + (few ? rows : 0);
     if (!few) continue;
@@ -322,19 +327,31 @@ void run_few(ThreadPool& pool, const Attention16<Cache>& attention) {
     return results + before[3 * s + 1] +
            chunk * attention.queries(s) * a.num_heads * attention.result_floats(a.head_dim);
   };
-  // An item is a run of units, a unit one chunk of one head: whole chunks where there are enough of them, as a thread
-  // reads them in one long run.
-  const int64_t units = total[0], fewest = 2 * pool.num_threads();
-  const int64_t items = pool.num_threads() == 1 || chunks >= 2 * fewest ? chunks : std::min(units, fewest);
+  // An item is a run of the work, all of like size: whole chunks as far as possible, as a thread reads them in one long
+  // range, and between two items a chunk is cut at a head.
+  const int64_t threads = pool.num_threads(), work = total[0], a_chunk = kChunkGroups * a.num_kv_heads;
+  const int64_t items = threads == 1 ? 1 : threads * std::clamp<int64_t>(chunks / (2 * threads), 2, 8);
+  struct Place {
+    int64_t sequence, chunk, head, groups;  // groups: work of a head
+  };
+  const auto place_of = [&](int64_t at) {
+    const int64_t s = sequence_of(before, 3, a.num_sequences, at), own = at - before[3 * s], chunk = own / a_chunk;
+    const int64_t groups = std::min<int64_t>(groups_of(a, s, chunk), kChunkGroups);
+    return Place{s, chunk, (own - chunk * a_chunk) / groups, groups};
+  };
+  const auto begin_of = [&](int64_t item) {  // of a head
+    if (item == items) return work;
+    const Place place = place_of(work * item / items);
+    return before[3 * place.sequence] + place.chunk * a_chunk + place.head * place.groups;
+  };
   pool.run(items, [&](int64_t item, int thread) {
-    const int64_t end = units * (item + 1) / items;
-    for (int64_t unit = units * item / items; unit < end;) {
-      const int64_t s = sequence_of(before, 3, a.num_sequences, unit), own = unit - before[3 * s];
-      const int64_t chunk = own / a.num_kv_heads, first = own % a.num_kv_heads;
-      const int64_t heads = std::min(a.num_kv_heads - first, end - unit);
-      attention.run_part({s, chunk, first, heads}, static_cast<float*>(pool.local(thread)),
+    const int64_t end = begin_of(item + 1);
+    for (int64_t at = begin_of(item); at < end;) {
+      const auto [s, chunk, head, groups] = place_of(at);
+      const int64_t heads = std::min(a.num_kv_heads - head, (end - at) / groups);
+      attention.run_part({s, chunk, head, heads}, static_cast<float*>(pool.local(thread)),
                          attention.results(part_at(s, chunk), attention.queries(s) * a.num_heads));
-      unit += heads;
+      at += heads * groups;
     }
   });
   for_rows(pool, total[2], most_chunks * a.head_dim, [&](int64_t i) {

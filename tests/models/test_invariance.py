@@ -134,12 +134,12 @@ def test_no_cutting_and_no_number_of_threads_changes_a_bit(variant: Variant, isa
     assert whole.isfinite().all()
     assert len(whole.unique(dim=0)) == LENGTH, "the logits tell the tokens apart"
     for cut in CUTS:
-        assert torch.equal(variant.feed(ids, cut, threads=2), whole), f"pieces of {cut}"
+        assert torch.equal(variant.feed(ids, cut, threads=1), whole), f"pieces of {cut}"
     for threads in THREADS:
         for cut in (LENGTH, 100):
             assert torch.equal(variant.feed(ids, cut, threads), whole), f"{threads} threads, pieces of {cut}"
-        decoded = variant.feed(ids[:140], 1, threads)
-        assert torch.equal(decoded, whole[:140]), f"{threads} threads, token by token"
+        decoded = variant.feed(ids[:40], 1, threads)
+        assert torch.equal(decoded, whole[:40]), f"{threads} threads, token by token"
 
 
 def test_no_company_changes_a_bit(variant: Variant, isa: str) -> None:
