@@ -36,6 +36,22 @@ def forced_target(target: str | None) -> Iterator[None]:
         _forced = before
 
 
+_trial: dict[str, Config] = {}
+
+
+@contextmanager
+def forced_config(kernel: str, config: Config) -> Iterator[None]:
+    """Use `config` for a kernel whatever the rules say, to try it out. Not for several threads at once."""
+    before = _trial.get(kernel)
+    _trial[kernel] = config
+    try:
+        yield
+    finally:
+        del _trial[kernel]
+        if before is not None:
+            _trial[kernel] = before
+
+
 @cache
 def target_of(device: torch.device) -> str:
     """Name of a device's target."""
@@ -65,6 +81,9 @@ def _read_rule(rule: dict[str, Any]) -> tuple[dict[str, int], Config]:
 
 def choose(kernel: str, device: torch.device, default: Config, **sizes: int) -> Config:
     """The configuration of a kernel for `sizes`; tile sizes that a rule does not name come from `default`."""
+    if kernel in _trial:
+        config = _trial[kernel]
+        return Config({**default.sizes, **config.sizes}, {**default.options, **config.options})
     for when, config in load_rules(_forced or target_of(device)).get(kernel, ()):
         if all(sizes[name] <= limit for name, limit in when.items()):
             return Config({**default.sizes, **config.sizes}, {**default.options, **config.options})

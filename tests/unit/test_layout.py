@@ -32,6 +32,7 @@ LAYERS = {
     "reader": 5,
     "doctor": 5,
     "quantize": 5,
+    "tune": 5,
     "cli": 6,
     "read_files": 6,
     "chat_command": 6,
