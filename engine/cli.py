@@ -169,7 +169,7 @@ def add_engine_options(parser: argparse.ArgumentParser, needs_model: bool = Fals
         "--weights",
         default="auto",
         choices=("auto", "int8", "int4"),
-        help="quantise the decoder as it is read; auto: not",
+        help="quantise linear layers as they are read; auto: not",
     )
     parser.add_argument("--threads", type=int, help="threads of the native kernels; default: one a physical core")
     parser.add_argument(

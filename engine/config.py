@@ -27,8 +27,8 @@ class EngineConfig:
     kv_cache_bytes    size of the paged KV-cache; None = room for max_num_seqs sequences, at most 1 GiB
     block_size        tokens a KV block
     weights           "auto" takes them as the checkpoint has them; "int8" (a scale a row) and "int4" (a scale for 32
-                      inputs; the output head int8) quantise the decoder's linear layers as they are read, and round
-                      their inputs to int8 (a scale for 64, with int4 for 32 of them)
+                      inputs; the output head and the vision towers int8) quantise linear layers as they are read, and
+                      round their inputs to int8 (a scale for 64, with int4 for 32 of them)
     prefix_cache      find the blocks of earlier prompts and answers again instead of computing them
     random_weights    build the model of a preset or of a folder's config.json with random weights instead of reading
                       them, to measure speed and memory; an integer is the seed, True the seed 1

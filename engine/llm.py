@@ -43,7 +43,7 @@ class LLM:
     model             folder or hub id
     dtype             "auto" (the checkpoint's), "float32", "bfloat16"
     backend           "auto", "reference", "native"
-    weights           "auto" (the checkpoint's), "int8", "int4": the decoder quantised as it is read
+    weights           "auto" (the checkpoint's), "int8", "int4": linear layers quantised as they are read
     num_threads       of the native kernels; None = one a physical core (torch's own threads are left as they are)
     max_model_len     longest prompt + answer; None = the model's own limit
     max_num_seqs      most requests decoded together

@@ -7,6 +7,7 @@
 
 #include "common/thread_pool.h"
 #include "cpu/int8_product.h"
+#include "cpu/pack_words.h"
 #include "cpu/quantized_few.h"
 #include "cpu/taps.h"
 #include "cpu/tile.h"
@@ -57,28 +58,32 @@ template <class T>
 PAGELENS_INLINE void pack_row_f32(const T* x, int64_t k, int R, float* to) {
   for (int64_t i = 0; i < k; i++) to[i * R] = get(x + i);
 }
-PAGELENS_INLINE void pack_row_pairs(const bf16* x, int64_t k, int R, uint32_t* to) {
-  for (int64_t i = 0; i < k / 2; i++) to[i * R] = load_as<uint32_t>(x + 2 * i);
-  if (k % 2) to[k / 2 * R] = x[k - 1];
+
+// Whether the words of x are those that the tile multiplies.
+PAGELENS_INLINE bool has_tile_words(const Source& x, const PackedLinear& w) {
+  return w.dtype == DType::f32 ? x.dtype == DType::f32 : kBf16Dot;
 }
 
-// sides: what quantised rows want beside, or the memory of one gathered row.
+// sides: what quantised rows want beside, or the memory of R gathered rows.
 PAGELENS_INLINE void pack_tile(const Source& x, const PackedLinear& w, int64_t row, int R, uint32_t* to, float* sides) {
   if (w.quantized()) {
     pack_quantized_tile(x, w, row, R, to, sides);
     return;
   }
+  const void* rows[kMaxTileRows];
+  for (int r = 0; r < R; r++) rows[r] = x.taps ? gather_row(*x.taps, row + r, sides + r * w.k) : x.row(row + r);
+  if (has_tile_words(x, w)) {
+    const int64_t values = w.dtype == DType::f32 ? 1 : 2;
+    pack_words(rows, R, w.k / values, to);
+    for (int r = 0; w.k % values && r < R; r++) to[w.k / 2 * R + r] = static_cast<const bf16*>(rows[r])[w.k - 1];
+    return;
+  }
   for (int r = 0; r < R; r++) {
-    const void* from = x.taps ? gather_row(*x.taps, row + r, sides) : x.row(row + r);
-    if (kBf16Dot && w.dtype == DType::bf16) {
-      pack_row_pairs(static_cast<const bf16*>(from), w.k, R, to + r);
-      continue;
-    }
     float* words = reinterpret_cast<float*>(to) + r;
     if (x.dtype == DType::f32) {
-      pack_row_f32(static_cast<const float*>(from), w.k, R, words);
+      pack_row_f32(static_cast<const float*>(rows[r]), w.k, R, words);
     } else {
-      pack_row_f32(static_cast<const bf16*>(from), w.k, R, words);
+      pack_row_f32(static_cast<const bf16*>(rows[r]), w.k, R, words);
     }
     if (w.dtype == DType::bf16 && w.k % 2) words[w.k * R] = 0.0f;
   }
@@ -92,6 +97,16 @@ PAGELENS_INLINE bool lies_packed(const Source& x, const PackedLinear& w) {
   return w.dtype == DType::f32 ? x.dtype == DType::f32 : kBf16Dot && w.k % 2 == 0;
 }
 
+// The weights that are read after groups g0..g1 of a panel of the block: as many of the next panel, those behind g1 of
+// the first, or those of the next block; null at the end.
+PAGELENS_INLINE const uint32_t* next_slab(const PackedLinear& w, const Block& b, int64_t panel, int64_t g0,
+                                          int64_t g1) {
+  const uint32_t* weight = static_cast<const uint32_t*>(w.weight);
+  if (panel + 1 < b.panel + b.panels) return weight + (panel + 1) * w.panel_words() + g0 * kPanel;
+  if (g1 < w.groups()) return weight + b.panel * w.panel_words() + g1 * kPanel;
+  return panel + 1 < w.panels() ? weight + (panel + 1) * w.panel_words() : nullptr;
+}
+
 template <class Epilogue>
 inline void run_block(const Problem& p, const Block& b, const uint32_t* a, float* sums, Epilogue& epilogue) {
   const int64_t words = words_a_row(p.weight), groups = p.weight.groups(), tiles = ceil_div(b.rows, kMaxTileRows);
@@ -102,7 +117,9 @@ inline void run_block(const Problem& p, const Block& b, const uint32_t* a, float
     const int64_t g0 = groups * pass / passes, g1 = groups * (pass + 1) / passes;
     for (int64_t panel = b.panel; panel < b.panel + b.panels; panel++) {
       const uint32_t* w = weight + panel * p.weight.panel_words() + g0 * kPanel;
+      const uint32_t* next = tiles > 1 ? next_slab(p.weight, b, panel, g0, g1) : nullptr;
       for (int64_t t = 0; t < tiles; t++) {
+        fetch_part(next, (g1 - g0) * kPanel * 4, t, tiles);
         const int64_t r0 = tile_start(b.rows, tiles, t);
         const int R = static_cast<int>(tile_start(b.rows, tiles, t + 1) - r0);
         float* acc = sums + (passes > 1 ? ((panel - b.panel) * b.rows + r0) * kPanel : 0);
@@ -188,7 +205,7 @@ inline void gemm(ThreadPool& pool, const Problem* problems, int64_t num_problems
       sides = std::max(sides, side_floats(problems[i].weight));
     }
     rows = std::max(rows, std::min(problems[i].rows, kMaxBlockRows));
-    if (problems[i].x.taps) gathered = std::max(gathered, problems[i].weight.k);
+    if (problems[i].x.taps) gathered = std::max(gathered, problems[i].weight.k * kMaxTileRows);
   }
   const auto line = [](int64_t floats) { return (floats + 15) / 16 * 16; };
   // Of each thread: packed rows, what a quantised weight wants of them beside, sums, scratch of a quantised block.

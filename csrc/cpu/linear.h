@@ -21,7 +21,7 @@ PAGELENS_INLINE void finish_columns(const float* sums, const float* bias, Activa
   for (int v = 0; v < kPanel; v += W) {
     vf y = load(sums + v);
     if (bias) y = y + load(bias + v);
-    y = activate(y, activation);
+    y = activate<Out>(y, activation);
     if (residual) y = y + load(residual + v);
     store(to + v, y);
   }

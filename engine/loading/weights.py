@@ -114,7 +114,6 @@ def load_weights(
     dtype: torch.dtype,
     consume: Consume,
     quantizer: Quantizer | None = None,
-    quantized_targets: str = "",
 ) -> None:
     """Call `consume(spec, tensors)` for every spec in order, tensors converted to `dtype`.
 
@@ -124,7 +123,7 @@ def load_weights(
                        where no conversion was needed: it must not write to them. Keeping one is allowed (it keeps the
                        file mapped). The file's pages are given back soon after a tensor was read, so memory peaks at
                        what `consume` keeps plus the few tensors that it packs together.
-    quantizer          applied to linear layers of specs whose target starts with `quantized_targets`
+    quantizer          applied to linear layers
     Raises WeightsError listing every missing, left-over, wrongly shaped and wrongly typed tensor (the first ten of
     each kind), before any data is read.
     """
@@ -132,8 +131,7 @@ def load_weights(
         raise ValueError(f"weights can be loaded as float32 or bfloat16, not {dtype}")
     check_weights(checkpoint, specs, unused)
     for spec in specs:
-        chosen = quantizer if spec.target.startswith(quantized_targets) else None
-        tensors = SpecTensors(checkpoint, spec, dtype, chosen)
+        tensors = SpecTensors(checkpoint, spec, dtype, quantizer)
         consume(spec, tensors)
         tensors.release()
 

@@ -15,7 +15,7 @@ from ..loading.weights import Quantizer, TensorSource, WeightSpec, load_weights
 from ..ops import Ops
 from ..quantization import Weight
 from .packed_parts import map_part
-from .weight_map import QUANTIZED_ON_LOAD, OpenedParts, Part, QuantizeTo, kind_on_load
+from .weight_map import OpenedParts, Part, QuantizeTo, kind_on_load
 
 
 def load_parts(
@@ -23,7 +23,7 @@ def load_parts(
 ) -> dict[str, Any]:
     """Pack every tensor as it is read. Raises WeightsError listing what does not fit.
 
-    quantize_to  the decoder's linear layers are quantised as they are read (routers and the table are not)
+    quantize_to  linear layers are quantised as they are read, to kind_on_load; routers, table and convolutions are not
     """
     by_target = {p.spec.target: p for p in opened.parts}
     packed = map_parts(opened.source, by_target, dtype, ops)
@@ -33,12 +33,12 @@ def load_parts(
 
     specs = [p.spec for p in by_target.values() if p.spec.target not in packed]
     quantizer = None if quantize_to is None else choose_quantizer(opened.source, ops, quantize_to)
-    load_weights(opened.source, specs, opened.unused, dtype, consume, quantizer, QUANTIZED_ON_LOAD)
+    load_weights(opened.source, specs, opened.unused, dtype, consume, quantizer)
     return packed
 
 
 def choose_quantizer(source: TensorSource, ops: Ops, quantize_to: QuantizeTo) -> Quantizer:
-    """How the linear layers of the decoder become quantised."""
+    """How the linear layers become quantised."""
     if isinstance(source, RandomWeights):
         return lambda spec, name: source.quantized(name, kind_on_load(quantize_to, spec))
 
