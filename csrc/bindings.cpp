@@ -1,5 +1,7 @@
-// The module pagelens._native: the only file that knows Python. Tensors come as addresses, sizes and strides that
-// engine/ops/native.py has checked; the GIL is released while a kernel runs.
+// The module pagelens._native: only the files of bindings know Python. Tensors come as addresses, sizes and strides
+// that engine/ops/native.py has checked; the GIL is released while a kernel runs.
+#include "bindings.h"
+
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -30,14 +32,6 @@ using Matrix = std::tuple<Address, int64_t, int64_t, int64_t, int>;
 
 Rows rows(const Matrix& m) {
   return {at<void>(std::get<0>(m)), std::get<1>(m), std::get<2>(m), std::get<3>(m), static_cast<DType>(std::get<4>(m))};
-}
-
-// Runs a kernel with the pool locked. The GIL goes first: a thread that waits for the pool must not hold it.
-template <class F>
-auto locked(ThreadPool& pool, F&& f) {
-  py::gil_scoped_release release;
-  const auto held = pool.lock();
-  return f();
 }
 
 // The calls of one decode step, to be made again without Python: same sizes, same addresses, other contents.
@@ -453,4 +447,5 @@ PYBIND11_MODULE(_native, m) {
   bind_products(m);
   bind_window_attention(m);
   bind_convolutions(m);
+  bind_probe(m);
 }

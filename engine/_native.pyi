@@ -1,4 +1,4 @@
-"""Types of the extension built from csrc/bindings.cpp. Addresses are Tensor.data_ptr(); 0 stands for none."""
+"""Types of the extension built from csrc/bindings*.cpp. Addresses are Tensor.data_ptr(); 0 stands for none."""
 
 from __future__ import annotations
 
@@ -188,3 +188,19 @@ def moe_ffn(
     out: Matrix,
     /,
 ) -> None: ...
+
+# ---- probes: what the machine gives at this moment, on all threads of the pool
+def probe_bandwidth(pool: ThreadPool, num_bytes: int = 2**30, repeats: int = 3) -> list[float]:
+    """Bytes a second of reading `num_bytes` (rounded up to MiB; far more than the caches hold) once, `repeats` times.
+
+    Each thread reads one linear stream in huge pages, as decoding reads weights. The memory is freed afterwards.
+    Raises ValueError outside 2^20..2^40 bytes and 1..10000 repeats, MemoryError if there is no such memory.
+    """
+
+def probe_flops(pool: ThreadPool, kind: str, seconds: float = 0.1, repeats: int = 3) -> list[float]:
+    """Operations a second (a multiplication and an addition are two) of about `seconds` in registers, `repeats` times.
+
+    kind  "float32": FMA; "bfloat16": VDPBF16PS, and FMA on sets without it; "int8": VPDPBUSD, without VNNI 16-bit
+          products and additions. That is, the instruction that the kernels of the instruction set in use multiply with.
+    Raises ValueError for another kind, and outside 0..60 seconds and 1..10000 repeats.
+    """

@@ -200,6 +200,9 @@ struct QuantizeArgs {
   void* scales;
 };
 
+// What is multiplied: float32, bfloat16 or 8-bit integers.
+enum class ProbeKind : int { f32 = 0, bf16 = 1, int8 = 2 };
+
 // A function that returns a number returns -1, or the first row (paged_attention: sequence, grouped_gemm: flat index)
 // whose id, position, slot or block is outside its table; nothing is written then.
 struct KernelTable {
@@ -218,6 +221,8 @@ struct KernelTable {
   void (*conv_downsample)(ThreadPool&, const ConvDownsampleArgs&);
   int64_t (*quantize)(ThreadPool&, const QuantizeArgs&);
   void (*resize_rgb_u8)(const uint8_t*, int64_t, int64_t, uint8_t*, int64_t, int64_t);
+  void (*probe_read)(ThreadPool&, const char*, int64_t);
+  double (*probe_arithmetic)(ThreadPool&, ProbeKind, int64_t);
 };
 
 #define PAGELENS_DECLARE_TABLE(isa) \
@@ -250,6 +255,12 @@ int64_t quantize(ThreadPool& pool, const QuantizeArgs& args);
 // RGB bytes [src_h, src_w, 3] -> [dst_h, dst_w, 3], both contiguous: exactly Pillow's bicubic resize (before version
 // 13).
 void resize_rgb_u8(const uint8_t* src, int64_t src_h, int64_t src_w, uint8_t* dst, int64_t dst_h, int64_t dst_w);
+
+// Reads `bytes` bytes once, a multiple of 2^20, each thread one linear stream of its own.
+void probe_read(ThreadPool& pool, const char* data, int64_t bytes);
+// Multiplies and adds in registers; returns the number of multiplications and additions (at least `rounds` times 12
+// instructions of them).
+double probe_arithmetic(ThreadPool& pool, ProbeKind kind, int64_t rounds);
 }  // namespace PAGELENS_ISA
 #endif
 
