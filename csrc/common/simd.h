@@ -72,6 +72,16 @@ PAGELENS_INLINE vf load(const bf16* p) {
   return (vf)(__builtin_convertvector(load_as<vh>(p), vu) << 16);
 #endif
 }
+// p[at[0]], p[at[1]], ...
+PAGELENS_INLINE vf gather(const float* p, const int32_t* at) {
+#if defined(PAGELENS_ISA_AVX512) || defined(PAGELENS_ISA_AVX512_BF16)
+  return (vf)_mm512_i32gather_ps(_mm512_loadu_si512(at), p, 4);
+#else
+  vf x;
+  for (int i = 0; i < W; i++) x[i] = p[at[i]];
+  return x;
+#endif
+}
 PAGELENS_INLINE void store(float* p, vf x) { std::memcpy(p, &x, sizeof x); }
 // Round to nearest, ties to even; a NaN stays one (adding the rounding term could turn it into a zero). The instruction
 // makes subnormal numbers zero, as those that multiply bfloat16 do.

@@ -14,8 +14,16 @@ PAGELENS_INLINE vf reciprocal(vf x) {
 #endif
 }
 
-// x / (1 + e^-ax), kept within the range of `reciprocal`.
-PAGELENS_INLINE vf sigmoid_times(vf x, float a) { return x * reciprocal(exp(at_most(x * -a, 87.0f)) + 1.0f); }
+// x / (1 + e^-ax)
+PAGELENS_INLINE vf sigmoid_times(vf x, float a) {
+#if defined(PAGELENS_ISA_AVX512) || defined(PAGELENS_ISA_AVX512_BF16)
+  const vf z = x * -a, limited = at_most(z, 87.33f);  // e^87.33 < 2^126
+  const vf y = x * reciprocal(exp(limited) + 1.0f);
+  return z > 87.33f ? x * 0.0f : y;
+#else
+  return x / (exp(x * -a) + 1.0f);
+#endif
+}
 PAGELENS_INLINE vf silu(vf x) { return sigmoid_times(x, 1.0f); }
 PAGELENS_INLINE vf quick_gelu(vf x) { return sigmoid_times(x, 1.702f); }
 

@@ -26,8 +26,10 @@ HEAD_PART = "decoder.lm_head"
 
 
 def kind_on_load(quantize_to: QuantizeTo, spec: WeightSpec) -> QuantizeTo:
-    """What a linear layer becomes. 8 bits keep the output head, which is one layer and whose errors go straight into the
-    choice of tokens, and the vision towers, which multiply many rows: 4 bits would save no time there and little memory.
+    """What a linear layer becomes.
+
+    Two keep 8 bits: the output head, which is one layer and whose errors go straight into the choice of tokens, and the
+    vision towers, which multiply many rows, so that 4 bits would save no time and little memory.
     """
     return quantize_to if spec.target.startswith(DECODER_PARTS) and spec.target != HEAD_PART else "int8"
 
