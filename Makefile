@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/pip --disable-pip-version-check
 STAMP  := $(VENV)/.installed
 NATIVE := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h)
-CPP    := $(shell find csrc -name '*.cpp' -o -name '*.h')
+CPP    := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 
 .PHONY: setup demo test test-slow lint bench format clean
 
