@@ -8,6 +8,7 @@
 
 namespace pagelens {
 
+void bind_memory(pybind11::module_& m);
 void bind_probe(pybind11::module_& m);
 
 // Runs a kernel with the pool locked. The GIL goes first: a thread that waits for the pool must not hold it.

@@ -26,10 +26,16 @@ class EngineConfig:
     max_batch_tokens  most tokens in one forward pass; longer prompts are cut into chunks of this size
     kv_cache_bytes    size of the paged KV-cache; None = room for max_num_seqs sequences, at most 1 GiB
     block_size        tokens a KV block
+    kv_cache_dtype    "auto" keeps keys and values in the dtype of the activations; "int8" rounds each head's row to
+                      int8 with a float32 scale, which takes about half of the memory and of the reading
     weights           "auto" takes them as the checkpoint has them; "int8" (a scale a row) and "int4" (a scale for 32
                       inputs; the output head and the vision towers int8) quantise linear layers as they are read, and
                       round their inputs to int8 (a scale for 64, with int4 for 32 of them)
     prefix_cache      find the blocks of earlier prompts and answers again instead of computing them
+    use_mmap          use the weights of a packed folder where they are mapped (starts at once, holds what was read);
+                      False copies them into huge pages first (decodes faster). Others are always converted
+    low_memory        free the vision towers when the images of a pass are encoded, load them again when the next
+                      page comes, and encode the tiles of a page one by one
     random_weights    build the model of a preset or of a folder's config.json with random weights instead of reading
                       them, to measure speed and memory; an integer is the seed, True the seed 1
     """
@@ -45,9 +51,12 @@ class EngineConfig:
     max_batch_tokens: int = 2048
     kv_cache_bytes: int | None = None
     block_size: int = 16
+    kv_cache_dtype: Literal["auto", "int8"] = "auto"
     check_blocks: bool = False
     random_weights: bool | int = False
     prefix_cache: bool = True
+    use_mmap: bool = True
+    low_memory: bool = False
 
     def resolve(self) -> EngineConfig:
         """Return self after checking every value. Raises ConfigError naming the option, its value and the choices."""
@@ -56,6 +65,7 @@ class EngineConfig:
             "device": ("cpu",),
             "backend": ("auto", "reference", "native"),
             "weights": ("auto", "int8", "int4"),
+            "kv_cache_dtype": ("auto", "int8"),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
@@ -72,8 +82,9 @@ class EngineConfig:
             raise ConfigError(
                 f"random_weights={self.random_weights!r} must be True, False or a seed from 0 to 2^63 - 1"
             )
-        if not isinstance(self.prefix_cache, bool):
-            raise ConfigError(f"prefix_cache={self.prefix_cache!r} must be True or False")
+        for name in ("prefix_cache", "use_mmap", "low_memory"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name}={getattr(self, name)!r} must be True or False")
         return self
 
     def with_options(self, **options: object) -> EngineConfig:

@@ -119,8 +119,9 @@ PAGELENS_INLINE void order_bytes(const int8_t* from, Format format, uint32_t (&t
   _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm_shuffle_epi8(load_as<__m128i>(from), order));
 #else
   static constexpr int8_t kInt4[8] = {0, 4, 1, 5, 2, 6, 3, 7}, kInt8[8] = {0, 2, 1, 3, 4, 6, 5, 7};
+  const int8_t* order = format == Format::int4 ? kInt4 : kInt8;
   int8_t bytes[16];
-  for (int i = 0; i < 16; i++) bytes[i] = from[i / 8 * 8 + (format == Format::int4 ? kInt4 : kInt8)[i % 8]];
+  for (int i = 0; i < 16; i++) bytes[i] = from[i / 8 * 8 + order[i % 8]];
   std::memcpy(to, bytes, sizeof bytes);
 #endif
 }

@@ -17,6 +17,7 @@ from ..config import SamConfig
 from ..errors import ShapeError
 from ..ops import OpCase, Ops
 from .weight_map import Norm, Part, Shape, linear_part, norm_part, part, tensor_part
+from .workspace import Workspace
 
 Stages = Callable[[str, Tensor], None]
 PREFIX = "model.sam_model"
@@ -105,11 +106,11 @@ def resize_relative(table: Tensor, size: int) -> Tensor:
 class SamBlock:
     """x + attention(norm(x)), then x + mlp(norm(x)), in place."""
 
-    def __init__(self, config: SamConfig, index: int, packed: Mapping[str, Any], ops: Ops) -> None:
+    def __init__(self, config: SamConfig, index: int, packed: Mapping[str, Any], ops: Ops, scratch: Workspace) -> None:
         def get(name: str) -> Any:
             return packed[f"sam.{index}.{name}"]
 
-        self._config, self._ops = config, ops
+        self._config, self._ops, self._scratch = config, ops, scratch
         self._window = 0 if index in config.global_attn_indexes else config.window_size
         self._norm1: Norm = get("norm1")
         self._norm2: Norm = get("norm2")
@@ -120,16 +121,20 @@ class SamBlock:
 
     def forward(self, x: Tensor) -> None:
         """x [B, g, g, C] is replaced by the block's output."""
-        ops, eps = self._ops, self._config.layer_norm_eps
+        ops, eps, take = self._ops, self._config.layer_norm_eps, self._scratch.take
         batch, grid, _, width = x.shape
         rows = x.view(-1, width)
-        normed = ops.layer_norm(rows, self._norm1.weight, self._norm1.bias, eps)
-        qkv = ops.linear(normed, self._qkv).view(batch, grid, grid, 3 * width)
+        count, inner = rows.shape[0], int(width * self._config.mlp_ratio)
+        normed = take("normed", (count, width), x.dtype)
+        ops.layer_norm(rows, self._norm1.weight, self._norm1.bias, eps, out=normed)
+        qkv = ops.linear(normed, self._qkv, out=take("wide", (count, 3 * width), x.dtype))
+        qkv = qkv.view(batch, grid, grid, 3 * width)
         rel_h, rel_w = self._relative(self._window or grid)
-        seen = ops.window_attention(qkv, self._qkv_bias, rel_h, rel_w, self._config.heads, self._window)
-        ops.linear(seen.view(-1, width), self._proj, residual=rows, out=rows)
+        seen = normed.view(batch, grid, grid, width)  # what it held is in qkv
+        ops.window_attention(qkv, self._qkv_bias, rel_h, rel_w, self._config.heads, self._window, out=seen)
+        ops.linear(normed, self._proj, residual=rows, out=rows)
         ops.layer_norm(rows, self._norm2.weight, self._norm2.bias, eps, out=normed)
-        hidden = ops.linear(normed, self._lin1, activation="gelu")
+        hidden = ops.linear(normed, self._lin1, activation="gelu", out=take("wide", (count, inner), x.dtype))
         ops.linear(hidden, self._lin2, residual=rows, out=rows)
 
     def _relative(self, size: int) -> tuple[Tensor, Tensor]:
@@ -141,13 +146,13 @@ class SamBlock:
 class SamTower:
     """Pixels [B, 3, S, S] -> features [B, q, q, F] with q = S/64, channels last. Tables that depend on S are kept."""
 
-    def __init__(self, config: SamConfig, packed: Mapping[str, Any], ops: Ops) -> None:
+    def __init__(self, config: SamConfig, packed: Mapping[str, Any], ops: Ops, scratch: Workspace) -> None:
         self.config = config
         self._ops = ops
         self._patch = packed["sam.patch_embed"]
         self._pos_embed: Tensor = packed["sam.pos_embed"]
         self._neck = packed["sam.neck"]
-        self._blocks = [SamBlock(config, i, packed, ops) for i in range(config.layers)]
+        self._blocks = [SamBlock(config, i, packed, ops, scratch) for i in range(config.layers)]
         self._positions: dict[int, Tensor] = {}
 
     def forward(self, pixels: Tensor, stages: Stages | None = None) -> Tensor:

@@ -39,11 +39,13 @@ class Part:
     """One packed part: `spec` names its target, sources and shapes; `pack` turns the sources into what an op takes.
 
     fused  `pack` gives a FusedLinear
+    as_is  `pack` gives a copy of the one source
     """
 
     spec: WeightSpec
     pack: Pack
     fused: bool = False
+    as_is: bool = False
 
 
 class OpenedParts(NamedTuple):
@@ -79,7 +81,7 @@ def plain(weight: Weight) -> Tensor:
 
 def tensor_part(target: str, name: str, shape: Shape) -> Part:
     """One tensor as it is, copied: a view of the checkpoint would tie the model's life to the file's."""
-    return part(target, {name: shape}, lambda _ops, tensors: tensors[0].clone())
+    return replace(part(target, {name: shape}, lambda _ops, tensors: tensors[0].clone()), as_is=True)
 
 
 def norm_part(target: str, prefix: str, width: int) -> Part:

@@ -36,8 +36,11 @@ DECODER_OPS = (
     "swiglu_ffn",
     "moe_ffn",
 )
-# Each of these reads what another one's backend packed (the shared expert is a swiglu_ffn): one backend for all.
-SAME_BACKEND = ("moe_ffn", "swiglu_ffn", "grouped_gemm")
+# Each op of a group reads what another one's backend made (the shared expert is a swiglu_ffn): one backend for all.
+SAME_BACKEND = {
+    "packed weights": ("moe_ffn", "swiglu_ffn", "grouped_gemm"),
+    "the KV-cache": ("qk_norm_rope_store", "paged_attention"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,10 +115,11 @@ def _refusals(native: _NativeBackend | None, missing: str, cases: Iterable[OpCas
 
 
 def _spread(refusals: dict[str, str]) -> None:
-    """If native cannot run one of SAME_BACKEND, it runs none of them."""
-    for leader in [op for op in SAME_BACKEND if op in refusals]:
-        for op in SAME_BACKEND:
-            refusals.setdefault(op, f"shares packed weights with {leader}, which native does not run")
+    """If native cannot run one op of a group in SAME_BACKEND, it runs none of the group."""
+    for what, group in SAME_BACKEND.items():
+        for leader in [op for op in group if op in refusals]:
+            for op in group:
+                refusals.setdefault(op, f"shares {what} with {leader}, which native does not run")
 
 
 def resolve_ops(backend: Backend, cases: Sequence[OpCase] = (), num_threads: int | None = None) -> OpsTable:
