@@ -23,6 +23,7 @@ from pagelens.models.clip import ClipTower, clip_parts
 from pagelens.models.deepseek_ocr import DeepEncoder
 from pagelens.models.sam import SamTower, sam_parts
 from pagelens.models.weight_map import linear_part, pack_parts
+from pagelens.models.workspace import Workspace
 from pagelens.ops.native import NativeOps
 from pagelens.ops.packing import PackedLinear
 from pagelens.reader import builtin_model
@@ -46,7 +47,8 @@ def packed_encoder(
     source = source or RandomWeights([p.spec for p in parts], BF16, 1)
     tensors = {name: source.tensor(name) for p in parts for name in p.spec.sources}
     packed = pack_parts(parts, tensors, BF16, ops, weights)
-    towers = SamTower(sam, packed, ops), ClipTower(clip, sam.downsample_channels[1], packed, ops)
+    scratch = Workspace()
+    towers = SamTower(sam, packed, ops, scratch), ClipTower(clip, sam.downsample_channels[1], packed, ops, scratch)
     return DeepEncoder(*towers, packed["projector"], ops), packed
 
 
@@ -57,7 +59,7 @@ def features(sam: SamConfig, clip: ClipConfig, width: int, source: TensorSource 
     found = {}
     for weights in ("auto", "int8", "int4"):
         encoder, _ = packed_encoder(sam, clip, width, source, None if weights == "auto" else weights, ops)
-        found[weights] = encoder.encode_views(pixels).view(-1, width).float()
+        found[weights] = encoder.encode_views(pixels).reshape(-1, width).to(torch.float32, copy=True)
     ops.close()
     return found
 
