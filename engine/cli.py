@@ -21,7 +21,6 @@ from typing import Any, NoReturn
 from . import __version__
 from .errors import ConfigError, PagelensError
 
-MAX_SIDE = 20_000  # pixels of a page that --size may ask for
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 EXIT_OK, EXIT_PIPE, EXIT_REFUSED, EXIT_INTERRUPTED = 0, 1, 2, 130
 
@@ -219,7 +218,7 @@ def add_engine_options(parser: argparse.ArgumentParser, needs_model: bool = Fals
         "--weights",
         default="auto",
         choices=("auto", "int8", "int4"),
-        help="quantise the decoder as it is read; auto: not",
+        help="quantise linear layers as they are read; auto: not",
     )
     parser.add_argument(
         "--kv-cache-dtype",
@@ -312,6 +311,7 @@ def run_tune(args: argparse.Namespace) -> int:
 
 
 def run_modes(args: argparse.Namespace) -> int:
+    from .config import parse_size
     from .doctor import examine_modes
 
     width, height = parse_size(args.size)
@@ -322,17 +322,6 @@ def run_modes(args: argparse.Namespace) -> int:
         note = " (experimental)" if mode.experimental else ""
         print(f"{mode.name:14} {tiles:>6} {mode.image_tokens:13}  {mode.description}{note}")
     return EXIT_OK
-
-
-def parse_size(text: str) -> tuple[int, int]:
-    """WIDTHxHEIGHT as integers. Raises ConfigError."""
-    try:
-        width, height = (int(part) for part in text.lower().split("x"))
-    except ValueError:
-        raise ConfigError(f"--size must be WIDTHxHEIGHT in pixels, such as 1240x1754; got {text!r}") from None
-    if not (1 <= width <= MAX_SIDE and 1 <= height <= MAX_SIDE):
-        raise ConfigError(f"--size {text}: both sides must be between 1 and {MAX_SIDE} pixels")
-    return width, height
 
 
 def run_bench(args: argparse.Namespace) -> int:

@@ -14,6 +14,7 @@ from .errors import ConfigError
 DType = Literal["float32", "bfloat16"]
 BACKEND_VARIABLE = "PAGELENS_BACKEND"
 BACKENDS = ("auto", "reference", "native", "triton")
+MAX_SIDE = 20_000  # pixels of a page that is asked for by its size
 MAX_TILES = 32  # most tiles of a page; no published model was trained on more
 
 # Buffers of these sizes are made with the engine; far above what is useful, far below what no machine holds.
@@ -36,8 +37,8 @@ class EngineConfig:
     kv_cache_dtype    "auto" keeps keys and values in the dtype of the activations; "int8" rounds each head's row to
                       int8 with a float32 scale, which takes about half of the memory and of the reading
     weights           "auto" takes them as the checkpoint has them; "int8" (a scale a row) and "int4" (a scale for 32
-                      inputs; the output head int8) quantise the decoder's linear layers as they are read, and round
-                      their inputs to int8 (a scale for 64, with int4 for 32 of them)
+                      inputs; the output head and the vision towers int8) quantise linear layers as they are read, and
+                      round their inputs to int8 (a scale for 64, with int4 for 32 of them)
     prefix_cache      find the blocks of earlier prompts and answers again instead of computing them
     use_mmap          use the weights of a packed folder where they are mapped (starts at once, holds what was read);
                       False copies them into huge pages first (decodes faster). Others are always converted
@@ -233,3 +234,14 @@ class TextModelConfig:
     decoder: DecoderConfig
     torch_dtype: DType = "bfloat16"
     model_type: str = "qwen3"
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """WIDTHxHEIGHT as integers. Raises ConfigError."""
+    try:
+        width, height = (int(part) for part in text.lower().split("x"))
+    except ValueError:
+        raise ConfigError(f"--size must be WIDTHxHEIGHT in pixels, such as 1240x1754; got {text!r}") from None
+    if not (1 <= width <= MAX_SIDE and 1 <= height <= MAX_SIDE):
+        raise ConfigError(f"--size {text}: both sides must be between 1 and {MAX_SIDE} pixels")
+    return width, height

@@ -11,8 +11,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from ..cli import parse_size
-from ..config import DeepseekOcrConfig, EngineConfig
+from ..config import DeepseekOcrConfig, EngineConfig, parse_size
 from ..core import Engine
 from ..inputs import Prompt
 from ..reader import builtin_model, default_prompt

@@ -114,14 +114,13 @@ def load_weights(
     dtype: torch.dtype,
     consume: Consume,
     quantizer: Quantizer | None = None,
-    quantized_targets: str = "",
 ) -> None:
     """Compare all of a checkpoint with `specs` (check_weights), then read it (read_weights).
 
     unused  tensors that are known and not needed; they may be absent
     """
     check_weights(checkpoint, specs, unused)
-    read_weights(checkpoint, specs, dtype, consume, quantizer, quantized_targets)
+    read_weights(checkpoint, specs, dtype, consume, quantizer)
 
 
 def read_weights(
@@ -130,7 +129,6 @@ def read_weights(
     dtype: torch.dtype,
     consume: Consume,
     quantizer: Quantizer | None = None,
-    quantized_targets: str = "",
 ) -> None:
     """Call `consume(spec, tensors)` for every spec in order, tensors converted to `dtype`; the specs were checked.
 
@@ -139,13 +137,12 @@ def read_weights(
                        where no conversion was needed: it must not write to them. Keeping one is allowed (it keeps the
                        file mapped). The file's pages are given back soon after a tensor was read, so memory peaks at
                        what `consume` keeps plus the few tensors that it packs together.
-    quantizer          applied to linear layers of specs whose target starts with `quantized_targets`
+    quantizer          applied to linear layers
     """
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"weights can be loaded as float32, bfloat16 or float16, not {dtype}")
     for spec in specs:
-        chosen = quantizer if spec.target.startswith(quantized_targets) else None
-        tensors = SpecTensors(checkpoint, spec, dtype, chosen)
+        tensors = SpecTensors(checkpoint, spec, dtype, quantizer)
         consume(spec, tensors)
         tensors.release()
 

@@ -101,11 +101,11 @@ def is_tower(target: str) -> bool:
 class SourceTowers:
     """TowerWeights from an open checkpoint."""
 
-    def __init__(self, opened: OpenedParts, dtype: torch.dtype, ops: Ops) -> None:
-        self._opened, self._dtype, self._ops = opened, dtype, ops
+    def __init__(self, opened: OpenedParts, dtype: torch.dtype, ops: Ops, quantize_to: QuantizeTo | None) -> None:
+        self._opened, self._dtype, self._ops, self._quantize_to = opened, dtype, ops, quantize_to
 
     def load(self) -> Mapping[str, Any]:
-        return load_parts(self._opened, self._dtype, self._ops, wanted=is_tower)
+        return load_parts(self._opened, self._dtype, self._ops, self._quantize_to, wanted=is_tower)
 
     def release(self) -> None:
         source = self._opened.source
@@ -221,7 +221,7 @@ class DeepseekOcr:
         if not low_memory:
             return cls(config, load_parts(opened, dtype, ops, quantize_to), dtype, ops)
         packed = load_parts(opened, dtype, ops, quantize_to, wanted=lambda target: not is_tower(target))
-        return cls(config, packed, dtype, ops, SourceTowers(opened, dtype, ops))
+        return cls(config, packed, dtype, ops, SourceTowers(opened, dtype, ops, quantize_to))
 
     @classmethod
     def open_parts(cls, checkpoint: TensorSource, config: DeepseekOcrConfig) -> OpenedParts:

@@ -15,7 +15,7 @@ from ..loading.weights import Quantizer, TensorSource, WeightSpec, check_weights
 from ..ops import Ops
 from ..quantization import Weight
 from .packed_parts import check_part, map_part
-from .weight_map import QUANTIZED_ON_LOAD, OpenedParts, Part, QuantizeTo, kind_on_load, pack_part
+from .weight_map import OpenedParts, Part, QuantizeTo, kind_on_load, pack_part
 
 
 def load_parts(
@@ -27,7 +27,7 @@ def load_parts(
 ) -> dict[str, Any]:
     """Pack every tensor as it is read. Raises WeightsError listing what does not fit.
 
-    quantize_to  the decoder's linear layers are quantised as they are read (routers and the table are not)
+    quantize_to  linear layers are quantised as they are read, to kind_on_load; routers, table and convolutions are not
     wanted       the targets to load; the checkpoint is compared with all of them
     """
     source, by_target = opened.source, {p.spec.target: p for p in opened.parts}
@@ -44,7 +44,7 @@ def load_parts(
 
     quantizer = None if quantize_to is None else choose_quantizer(source, ops, quantize_to)
     specs = [spec for spec in rest if wanted(spec.target)]
-    read_weights(source, specs, dtype, consume, quantizer, QUANTIZED_ON_LOAD)
+    read_weights(source, specs, dtype, consume, quantizer)
     if isinstance(source, PackedSource):
         # Last: the table may for a moment be in memory twice.
         packed |= {target: map_part(by_target[target], ops, source) for target in entries if wanted(target)}
@@ -52,7 +52,7 @@ def load_parts(
 
 
 def choose_quantizer(source: TensorSource, ops: Ops, quantize_to: QuantizeTo) -> Quantizer:
-    """How the linear layers of the decoder become quantised."""
+    """How the linear layers become quantised."""
     if isinstance(source, RandomWeights):
         return lambda spec, name: source.quantized(name, kind_on_load(quantize_to, spec))
 

@@ -6,7 +6,7 @@ resized with antialiasing, the relative tables without).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -46,11 +46,11 @@ def sam_parts(config: SamConfig) -> list[Part]:
     for i in range(config.layers):
         to, of = f"sam.{i}", f"{PREFIX}.blocks.{i}"
         size = grid if i in config.global_attn_indexes else config.window_size
-        qkv = {f"{of}.attn.qkv.weight": (3 * c, c), f"{of}.attn.qkv.bias": (3 * c,)}
         parts += [
             norm_part(f"{to}.norm1", f"{of}.norm1", c),
             norm_part(f"{to}.norm2", f"{of}.norm2", c),
-            part(f"{to}.qkv", qkv, _pack_qkv),
+            linear_part(f"{to}.qkv", f"{of}.attn.qkv", 3 * c, c, bias=True),
+            tensor_part(f"{to}.qkv_bias", f"{of}.attn.qkv.bias", (3 * c,)),  # what the padding of a window holds
             linear_part(f"{to}.proj", f"{of}.attn.proj", c, c, bias=True),
             tensor_part(f"{to}.rel_h", f"{of}.attn.rel_pos_h", (2 * size - 1, head_dim)),
             tensor_part(f"{to}.rel_w", f"{of}.attn.rel_pos_w", (2 * size - 1, head_dim)),
@@ -62,11 +62,6 @@ def sam_parts(config: SamConfig) -> list[Part]:
     neck: dict[str, Shape] = {f"{PREFIX}.{name}": shape for name, shape in zip(NECK.values(), shapes)}
     parts.append(part("sam.neck", neck, lambda ops, tensors: ops.pack_conv_downsample(dict(zip(NECK, tensors)))))
     return parts
-
-
-def _pack_qkv(ops: Ops, tensors: Sequence[Tensor]) -> tuple[Any, Tensor]:
-    """The packed linear and its bias, which is what the padding of a window holds after it."""
-    return ops.pack_linear(*tensors), tensors[1].clone()
 
 
 def sam_cases(config: SamConfig, dtype: torch.dtype) -> list[OpCase]:
@@ -119,8 +114,8 @@ class SamBlock:
         self._window = 0 if index in config.global_attn_indexes else config.window_size
         self._norm1: Norm = get("norm1")
         self._norm2: Norm = get("norm2")
-        self._qkv, self._qkv_bias = get("qkv")
-        self._proj, self._lin1, self._lin2 = get("proj"), get("lin1"), get("lin2")
+        self._qkv, self._proj, self._lin1, self._lin2 = get("qkv"), get("proj"), get("lin1"), get("lin2")
+        self._qkv_bias: Tensor = get("qkv_bias")
         self._rel = (get("rel_h"), get("rel_w"))
         self._tables: dict[int, tuple[Tensor, Tensor]] = {}
 

@@ -629,6 +629,11 @@ LARGE: list[Case] = [
     LinearCase(rows=1, width=1280, out=129280, dtype=BF16, out_dtype=F32, kind="large"),
     LinearCase(rows=256, width=1280, out=6848, dtype=BF16, kind="large"),
     LinearCase(rows=256, width=1280, out=6848, dtype=F32, kind="large"),
+    # The encoder's widest layer as torch runs it, and as the engine does
+    *both(LinearCase(rows=4096, width=768, out=3072, kind="large")),
+    LinearCase(rows=4096, width=768, out=3072, dtype=BF16, kind="large", bias=True, activation="gelu"),
+    LinearCase(rows=4096, width=3072, out=768, dtype=BF16, kind="large", bias=True, residual=True, alias=True),
+    LinearCase(rows=512, width=1024, out=3072, dtype=BF16, kind="large"),
     AttentionCase(batch=Paged(((1, 2000),)), heads=10, kv_heads=10, head_dim=128, dtype=BF16, kind="large"),
     AttentionCase(batch=Paged(((1, 4096),)), heads=16, kv_heads=8, head_dim=128, dtype=BF16, kind="large"),
     Int8AttentionCase(batch=Paged(((1, 4096),)), heads=16, kv_heads=8, head_dim=128, dtype=BF16, kind="large"),
