@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import replace
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,6 +32,9 @@ if TYPE_CHECKING:
     from .text.tokenizer import Tokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+LOOK_AHEAD = 2  # waiting requests whose pages are preprocessed; their pixels are held meanwhile
 
 
 class Engine:
@@ -73,6 +78,8 @@ class Engine:
             decoder.max_position_embeddings,
         )
         self.runner = Runner(model, kv)
+        # Pages are preprocessed while a device computes; on the CPU the thread would only take cores from the kernels.
+        self._preprocessing = ThreadPoolExecutor(1, "pagelens-pages") if device.type != "cpu" else None
         max_blocks = min(num_blocks, pool.num_needed(self.max_model_len))
         self.batches = BatchBuilder(
             config.max_batch_tokens, config.max_num_seqs, max_blocks, config.block_size, self.runner.image_rows, device
@@ -128,6 +135,8 @@ class Engine:
         An error of the pass itself is raised; the requests are then still queued, and the caller decides.
         """
         schedule = self.scheduler.schedule()
+        if self._preprocessing is not None:
+            self._look_ahead(self._preprocessing)
         changed = self._encode_images(schedule)
         if schedule:
             started = time.perf_counter()
@@ -182,9 +191,17 @@ class Engine:
     def close(self) -> None:
         """Free the cache, the model and its thread pool. The engine cannot be used afterwards."""
         del self.runner, self.batches
+        if self._preprocessing is not None:
+            self._preprocessing.shutdown(wait=False, cancel_futures=True)
         for closeable in self._closeables:
             closeable.close()
         self._closeables = ()
+
+    def _look_ahead(self, executor: Executor) -> None:
+        """Begin to preprocess the images of the requests that come next."""
+        for sequence in islice(self.scheduler.waiting, LOOK_AHEAD):
+            for image in self._answers[sequence][0].request.images:
+                image.prefetch(executor)
 
     def _encode_images(self, schedule: Schedule) -> list[RequestState]:
         """Encode the images that a pass needs; a request whose images fail leaves the schedule and is returned.

@@ -6,7 +6,7 @@ The weights of the softmax are rounded to qkv's dtype before they meet v (their 
 
 Tiling. A program has BLOCK_M queries of one view and head and walks over the keys in steps of BLOCK_N, with a running
 maximum and sum. Bytes: 4 B T C elements, keys again for each block of queries, from L2. FLOPs: 4 B T^2 C; T = 257 gives
-about 130 a byte: bound by memory on an H100, by either on an A100.
+about 130 a byte, below what an A100 (156) or an H100 (295) can do with a byte: bound by memory.
 """
 
 from __future__ import annotations

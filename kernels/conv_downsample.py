@@ -11,7 +11,7 @@ The maps between the four launches (2 MB at most for a 64 x 64 grid of 256 chann
 memory, and a 3x3 convolution would compute its halo again: they go through L2 (40 MB on an A100, 50 on an H100),
 rounded to x's dtype.
 
-FLOPs: 2 B (G^2 F C + 9 G^2 F^2 + 9/4 G^2 F F2 + 9/16 G^2 F2 F3): 18.6 G for a page of 1024 pixels, against about 20 MB
+FLOPs: 2 B (G^2 F C + 9 G^2 F^2 + 9/4 G^2 F F2 + 9/16 G^2 F2 F3): 11.3 G for a page of 1024 pixels, against about 25 MB
 of weights and maps: bound by the tensor cores.
 """
 

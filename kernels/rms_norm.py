@@ -3,8 +3,8 @@
     x [N, C], weight [C]; sums in float32, rounded once. With `residual` [N, C] the sum h is written to `residual`, in
     its dtype, and normed as it was before that rounding.
 
-Tiling. A program has a row, all of it in registers: x is read once. Bytes: 2 N C elements (4 N C with a residual).
-Bound by memory; one row of a decode by latency.
+Tiling. A program has BLOCK_M rows, all of them in registers: x is read once. Bytes: 2 N C elements (4 N C with a
+residual). Bound by memory; one row of a decode by latency.
 """
 
 from __future__ import annotations
@@ -17,22 +17,36 @@ from torch import Tensor
 from .launch import Config, start
 from .tuning import choose
 
-DEFAULT = Config.make(num_warps=4, num_stages=1)
+DEFAULT = Config.make(num_warps=4, num_stages=1, BLOCK_M=1)
 
 
 @triton.jit
-def rms_norm_kernel(X, RESIDUAL, WEIGHT, OUT, C, stride_x, stride_residual, stride_out, eps, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
+def rms_norm_kernel(
+    X,
+    RESIDUAL,
+    WEIGHT,
+    OUT,
+    M,
+    C,
+    stride_x,
+    stride_residual,
+    stride_out,
+    eps,
+    BLOCK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    rows = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)[:, None]
     c = tl.arange(0, BLOCK)
-    mask = c < C
-    x = tl.load(X + row * stride_x + c, mask=mask, other=0.0).to(tl.float32)
+    cols = c[None, :]
+    mask = (rows < M) & (cols < C)
+    x = tl.load(X + rows * stride_x + cols, mask=mask, other=0.0).to(tl.float32)
     if RESIDUAL is not None:
-        at = RESIDUAL + row * stride_residual + c
+        at = RESIDUAL + rows * stride_residual + cols
         x += tl.load(at, mask=mask, other=0.0).to(tl.float32)
         tl.store(at, x.to(RESIDUAL.dtype.element_ty), mask=mask)
-    scale = tl.math.rsqrt(tl.sum(x * x, 0) / C + eps)
-    y = x * scale * tl.load(WEIGHT + c, mask=mask, other=0.0).to(tl.float32)
-    tl.store(OUT + row * stride_out + c, y.to(OUT.dtype.element_ty), mask=mask)
+    scale = tl.math.rsqrt(tl.sum(x * x, 1) / C + eps)[:, None]
+    y = x * scale * tl.load(WEIGHT + c, mask=c < C, other=0.0).to(tl.float32)[None, :]
+    tl.store(OUT + rows * stride_out + cols, y.to(OUT.dtype.element_ty), mask=mask)
 
 
 def rms_norm(
@@ -42,21 +56,13 @@ def rms_norm(
     rows, width = x.shape
     if out is None:
         out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    config = choose("rms_norm", x.device, DEFAULT, rows=rows, inner=width)
+    strides = x.stride(0), 0 if residual is None else residual.stride(0), out.stride(0)
     start(
         rms_norm_kernel,
-        (rows,),
-        (
-            x,
-            residual,
-            weight,
-            out,
-            width,
-            x.stride(0),
-            0 if residual is None else residual.stride(0),
-            out.stride(0),
-            eps,
-        ),
+        (-(-rows // config.sizes["BLOCK_M"]),),
+        (x, residual, weight, out, rows, width, *strides, eps),
         {"BLOCK": triton.next_power_of_2(width)},
-        choose("rms_norm", x.device, DEFAULT, inner=width),
+        config,
     )
     return out

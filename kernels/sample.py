@@ -13,7 +13,7 @@ Tiling. A program a row, in tiles of BLOCK logits; the passes after the first co
 2 passes (greedy), about 28 (drawn). Bound by the one multiprocessor that has the row: a guess of 0.1 to 0.3 ms for
 V = 150,000, not measured; greedy rows end after the first passes.
 
-`mask_ngrams` forbids (sets to minus infinity) every token that would repeat an n-gram of the last `window` tokens.
+`mask_ngrams` forbids (sets to minus infinity) every token that would repeat an n-gram of the tokens it is given.
 """
 
 from __future__ import annotations
@@ -168,7 +168,6 @@ def mask_ngrams_kernel(
     HISTORY,
     LENGTHS,
     SIZES,
-    WINDOWS,
     ALLOWED,
     V,
     stride_logits,
@@ -176,14 +175,13 @@ def mask_ngrams_kernel(
     num_allowed,
     BLOCK: tl.constexpr,
 ):
-    """HISTORY [R, L]: the tokens of each row end at LENGTHS[r]; SIZES[r] 0: nothing is forbidden."""
+    """HISTORY [R, L]: the window of each row, which ends at LENGTHS[r]; SIZES[r] 0: nothing is forbidden."""
     row = tl.program_id(0).to(tl.int64)
     length, size = tl.load(LENGTHS + row), tl.load(SIZES + row)
     history = HISTORY + row * stride_history
     if size == 0:
         return
-    earliest = tl.maximum(length - tl.load(WINDOWS + row), 0)
-    for first in range(earliest, length - size + 1, BLOCK):
+    for first in range(0, length - size + 1, BLOCK):
         begin = first + tl.arange(0, BLOCK)
         match = begin + size <= length
         for j in range(0, size - 1):
@@ -196,10 +194,8 @@ def mask_ngrams_kernel(
         tl.store(LOGITS + row * stride_logits + token, tl.full((BLOCK,), -float("inf"), tl.float32), mask=match)
 
 
-def mask_ngrams(
-    logits: Tensor, history: Tensor, lengths: Tensor, sizes: Tensor, windows: Tensor, allowed: Tensor
-) -> None:
-    """In place. history [R, L], lengths, sizes, windows [R], int32; see the module and its kernel.
+def mask_ngrams(logits: Tensor, history: Tensor, lengths: Tensor, sizes: Tensor, allowed: Tensor) -> None:
+    """In place. history [R, L], lengths, sizes [R], int32; see the module and its kernel.
 
     allowed  [R, A] int32: tokens that are never forbidden, padded with -1
     """
@@ -207,7 +203,7 @@ def mask_ngrams(
     start(
         mask_ngrams_kernel,
         (logits.shape[0],),
-        (logits, history, lengths, sizes, windows, allowed, logits.shape[1], *strides, allowed.shape[1]),
+        (logits, history, lengths, sizes, allowed, logits.shape[1], *strides, allowed.shape[1]),
         {},
         choose("mask_ngrams", logits.device, MASK),
     )

@@ -13,8 +13,8 @@ whole rows of the window, BLOCK_N // w' rows of w' = w rounded up to a power of 
 columns], to which bias_h is added along rows and bias_w along columns.
 
 Bytes: 4 B G^2 C elements (qkv once, the result once; keys are read again by each of the w^2 / BLOCK_M programs of a
-window and head, from L2). FLOPs: 4 B G^2 w^2 C. A window of 14 has 196 keys: about 100 FLOPs a byte, bound by memory on
-an H100, by either on an A100; the whole grid of 64: 2,048 a byte, bound by the tensor cores.
+window and head, from L2). FLOPs: 4 B G^2 w^2 C. A window of 14 has 196 keys: about 100 FLOPs a byte, below what an A100
+(156) or an H100 (295) can do with a byte: bound by memory; the whole grid of 64: 2,048, bound by the tensor cores.
 """
 
 from __future__ import annotations

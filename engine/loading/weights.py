@@ -119,7 +119,7 @@ def load_weights(
     """Call `consume(spec, tensors)` for every spec in order, tensors converted to `dtype`.
 
     unused             tensors that are known and not needed; they may be absent
-    dtype              float32 or bfloat16; sources are bfloat16, float16, float32, or quantised where the spec allows
+    dtype              float32, bfloat16 or float16; sources are one of these, or quantised where the spec allows
     consume            gets a sequence that reads a tensor when it is asked for it. Tensors are views of the mapped file
                        where no conversion was needed: it must not write to them. Keeping one is allowed (it keeps the
                        file mapped). The file's pages are given back soon after a tensor was read, so memory peaks at
@@ -128,8 +128,8 @@ def load_weights(
     Raises WeightsError listing every missing, left-over, wrongly shaped and wrongly typed tensor (the first ten of
     each kind), before any data is read.
     """
-    if dtype not in (torch.float32, torch.bfloat16):
-        raise ValueError(f"weights can be loaded as float32 or bfloat16, not {dtype}")
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"weights can be loaded as float32, bfloat16 or float16, not {dtype}")
     check_weights(checkpoint, specs, unused)
     for spec in specs:
         chosen = quantizer if spec.target.startswith(quantized_targets) else None

@@ -60,9 +60,9 @@ class DeviceSampling:
         tails = [list(row.history[-row.ngram_window :]) if row.ngram_size else [] for row in rows]
         history = _padded(tails)
         allowed = _padded([sorted(row.allowed) for row in rows])
-        numbers = [[len(tail), row.ngram_size, row.ngram_window] for tail, row in zip(tails, rows)]
-        lengths, sizes, windows = self._move(torch.tensor(numbers, dtype=torch.int32).T.contiguous())
-        mask_ngrams(logits, self._move(history), lengths, sizes, windows, self._move(allowed))
+        numbers = [[len(tail), row.ngram_size] for tail, row in zip(tails, rows)]
+        lengths, sizes = self._move(torch.tensor(numbers, dtype=torch.int32).T.contiguous())
+        mask_ngrams(logits, self._move(history), lengths, sizes, self._move(allowed))
 
     def _move(self, x: Tensor) -> Tensor:
         return x if self._device.type == "cpu" else x.pin_memory().to(self._device, non_blocking=True)
