@@ -47,7 +47,7 @@ class CudaTimer:
     def seconds(self, call: Callable[[], object], repeats: int) -> float:
         for _ in range(3):  # compiles, and loads what is loaded on first use
             call()
-        times = []
+        times: list[float] = []
         for _ in range(repeats):
             self.flush.zero_()
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
@@ -132,7 +132,8 @@ def tune(timer: Timer, repeats: int = 20, report: Callable[[str], None] = print)
         calls = [workload.make(timer.device) for workload in workloads]
         trials = [attempt(key, config, calls) for config in candidates(workloads[0])]
         rule = choose(workloads[0].when, trials)
-        report(f"{key} {rule.get('when', '')}: {rule['why'][0] if rule else 'no candidate runs'}")
+        names = ", ".join(workload.name for workload in workloads)
+        report(f"{names}: {rule['why'][0] if rule else 'no candidate runs'}")
         if rule:
             kernels.setdefault(key, []).append(rule)
     name = torch.cuda.get_device_name(timer.device) if timer.device.type == "cuda" else "no device: dry run"

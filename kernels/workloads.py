@@ -252,12 +252,12 @@ def sample_work(vocab: int) -> Workload:
         logits = torch.zeros((1, vocab), dtype=F32, device=device)
         zero, one = (torch.full((1,), value, dtype=F32, device=device) for value in (0.0, 1.0))
         history = torch.zeros((1, 1024), dtype=I32, device=device)
-        length, size, window = (torch.full((1,), value, dtype=I32, device=device) for value in (1024, 20, 90))
+        length, size = (torch.full((1,), value, dtype=I32, device=device) for value in (1024, 20))
         allowed = torch.full((1, 2), -1, dtype=I32, device=device)
         none = torch.zeros(1, dtype=I32, device=device)
 
         def call() -> object:
-            mask_ngrams(logits, history, length, size, window, allowed)
+            mask_ngrams(logits, history, length, size, allowed)
             return sample(logits, zero, none, one, zero, zero)
 
         return call
