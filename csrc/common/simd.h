@@ -84,18 +84,21 @@ PAGELENS_INLINE vf gather(const float* p, const int32_t* at) {
 }
 PAGELENS_INLINE void store(float* p, vf x) { std::memcpy(p, &x, sizeof x); }
 // Round to nearest, ties to even; a NaN stays one (adding the rounding term could turn it into a zero). The instruction
-// makes subnormal numbers zero, as those that multiply bfloat16 do.
+// for it would make subnormal numbers zero.
 PAGELENS_INLINE void store(bf16* p, vf x) {
-#ifdef PAGELENS_ISA_AVX512_BF16
-  const __m256bh rounded = _mm512_cvtneps_pbh((__m512)x);
-  std::memcpy(p, &rounded, sizeof rounded);
-#else
   const vu u = (vu)x;
+#ifdef PAGELENS_ISA_AVX512_BF16
+  const __mmask16 small = _mm512_testn_epi32_mask((__m512i)u, _mm512_set1_epi32(0x7f800000));
+  if (__builtin_expect(!_mm512_mask_test_epi32_mask(small, (__m512i)u, _mm512_set1_epi32(0x7fffffff)), 1)) {
+    const __m256bh rounded = _mm512_cvtneps_pbh((__m512)x);
+    std::memcpy(p, &rounded, sizeof rounded);
+    return;
+  }
+#endif
   const vu rounded = (u + 0x7fffu + (u >> 16 & 1u)) >> 16;
   const vu quiet = u >> 16 | 0x40u;
   const vh h = __builtin_convertvector((vu)(((u & 0x7fffffffu) > 0x7f800000u) ? quiet : rounded), vh);
   std::memcpy(p, &h, sizeof h);
-#endif
 }
 
 // a*b + c: one rounding where the set has such an instruction, two in `portable`.
