@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -66,7 +67,7 @@ class Engine:
         num_blocks = plan_num_blocks(config, decoder, dtype, self.max_model_len)
         ops: Any = getattr(model, "ops", None)
         device = torch.device("cpu") if ops is None else ops.device
-        kv = allocate(decoder, dtype, num_blocks, config.block_size, device)
+        kv = allocate(decoder, dtype, num_blocks, config.block_size, config.kv_cache_dtype, device)
         pool = BlockPool(num_blocks, config.block_size)
         cache = PrefixCache(pool) if config.prefix_cache else None
         self.scheduler = Scheduler(
@@ -86,7 +87,7 @@ class Engine:
         )
         bos_token_id, self._eos_token_ids = find_special_ids(decoder, tokenizer)
         sampling = getattr(ops, "sampling", None)
-        self.sampler = Sampler(count_tokens(tokenizer, self._eos_token_ids), sampling)
+        self.sampler = Sampler(count_tokens(tokenizer, self._eos_token_ids), ops, sampling)
         self.inputs = InputBuilder(
             decoder.vocab_size,
             tokenizer,
@@ -208,6 +209,12 @@ class Engine:
 
         An image whose rows are all in the prefix cache is not needed.
         """
+        try:
+            return self._encode_missing(schedule)
+        finally:
+            self.runner.free_encoder()
+
+    def _encode_missing(self, schedule: Schedule) -> list[RequestState]:
         failed = []
         for chunk in list(schedule):
             state, _ = self._answers[chunk.sequence]
@@ -294,6 +301,12 @@ def check_weights_option(weights: str, source: TensorSource, dtype: torch.dtype)
         )
 
 
+def check_low_memory(config: EngineConfig, model_config: Any) -> None:
+    """Raises ConfigError if a text model is to free what it does not have."""
+    if config.low_memory and isinstance(model_config, TextModelConfig):
+        raise ConfigError("low_memory=True frees vision towers between pages, and a text model has none; leave it out")
+
+
 def build_engine(config: EngineConfig) -> Engine:
     """Load a model and make an engine of it: the one place where files, ops, network and runtime meet.
 
@@ -320,19 +333,22 @@ def build_engine(config: EngineConfig) -> Engine:
     folder = description.folder
     tokenizer = Tokenizer(folder) if folder and (folder / "tokenizer.json").is_file() else None
     quantize_to = None if config.weights == "auto" else config.weights
+    check_low_memory(config, model_config)
     ops = resolve_ops(config.backend, network.op_cases(model_config, dtype), config.num_threads, config.device)
+    files = ExitStack()
     try:
+        source: TensorSource
         if random_seed is not None or folder is None:
-            weights = RandomWeights(network.weight_specs(model_config), dtype, random_seed or 0)
-            model = network.load(weights, model_config, dtype, as_ops(ops), quantize_to)
-            rows = read_judge_rows(weights, model_config, tokenizer, dtype)
+            source = RandomWeights(network.weight_specs(model_config), dtype, random_seed or 0)
         else:
-            with open_checkpoint(folder) as checkpoint:
-                source = open_weights(checkpoint)
-                check_weights_option(config.weights, source, dtype)
-                model = network.load(source, model_config, dtype, as_ops(ops), quantize_to)
-                rows = read_judge_rows(source, model_config, tokenizer, dtype)
-        return Engine(config, model, dtype, tokenizer, (ops,), description, rows)
+            source = open_weights(files.enter_context(open_checkpoint(folder)), config.use_mmap)
+            check_weights_option(config.weights, source, dtype)
+        model = network.load(source, model_config, dtype, as_ops(ops), quantize_to, config.low_memory)
+        rows = read_judge_rows(source, model_config, tokenizer, dtype)
+        if not config.low_memory:
+            files.close()  # views of the mapped files stay valid
+        return Engine(config, model, dtype, tokenizer, (ops, files), description, rows)
     except BaseException:
+        files.close()
         ops.close()
         raise

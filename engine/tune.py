@@ -55,7 +55,7 @@ class CudaTimer:
             call()
             end.record()  # type: ignore[no-untyped-call]
             end.synchronize()
-            times.append(start.elapsed_time(end) / 1e3)
+            times.append(float(start.elapsed_time(end)) / 1e3)
         return median(times)
 
     @contextmanager

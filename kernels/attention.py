@@ -61,12 +61,13 @@ def attention_kernel(
     tl.store(OUT + at_out[:, None] + d[None, :], acc.to(OUT.dtype.element_ty), mask=mask)
 
 
-def attention(qkv: Tensor, num_heads: int) -> Tensor:
-    """See the module. qkv contiguous."""
+def attention(qkv: Tensor, num_heads: int, out: Tensor | None = None) -> Tensor:
+    """See the module. qkv and out contiguous."""
     batch, tokens, width = qkv.shape
     channels = width // 3
     head_dim = channels // num_heads
-    out = torch.empty((batch, tokens, channels), dtype=qkv.dtype, device=qkv.device)
+    if out is None:
+        out = torch.empty((batch, tokens, channels), dtype=qkv.dtype, device=qkv.device)
     config = choose("attention", qkv.device, DEFAULT, tokens=tokens, head_dim=head_dim)
     start(
         attention_kernel,

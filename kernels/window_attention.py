@@ -127,12 +127,21 @@ def window_attention_kernel(
     tl.store(OUT + at[:, None] + d[None, :], acc.to(OUT.dtype.element_ty), mask=mask)
 
 
-def window_attention(qkv: Tensor, pad_qkv: Tensor, rel_h: Tensor, rel_w: Tensor, num_heads: int, window: int) -> Tensor:
+def window_attention(
+    qkv: Tensor,
+    pad_qkv: Tensor,
+    rel_h: Tensor,
+    rel_w: Tensor,
+    num_heads: int,
+    window: int,
+    out: Tensor | None = None,
+) -> Tensor:
     """See the module. All tensors contiguous; window 0 is the whole grid."""
     batch, grid, _, width = qkv.shape
     channels = width // 3
     head_dim, size = channels // num_heads, window or grid
-    out = torch.empty((batch, grid, grid, channels), dtype=qkv.dtype, device=qkv.device)
+    if out is None:
+        out = torch.empty((batch, grid, grid, channels), dtype=qkv.dtype, device=qkv.device)
     across = -(-grid // size) if size else 0
     config = choose("window_attention", qkv.device, DEFAULT, window=size, head_dim=head_dim)
     w_pad = triton.next_power_of_2(size)

@@ -40,8 +40,11 @@ DECODER_OPS = (
     "swiglu_ffn",
     "moe_ffn",
 )
-# Each of these reads what another one's backend packed (the shared expert is a swiglu_ffn): one backend for all.
-SAME_BACKEND = ("moe_ffn", "swiglu_ffn", "grouped_gemm")
+# Each op of a group reads what another one's backend made (the shared expert is a swiglu_ffn): one backend for all.
+SAME_BACKEND = {
+    "packed weights": ("moe_ffn", "swiglu_ffn", "grouped_gemm"),
+    "the KV-cache": ("qk_norm_rope_store", "paged_attention"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +80,7 @@ class OpsTable:
         self.device = device
         self.sampling = getattr(backends["linear"], "sampling", None)
         self.backend_of = {op: backend.name for op, backend in backends.items()}
-        self.name = "+".join(sorted(set(self.backend_of.values())))
+        self.name = "+".join(sorted({name for op, name in self.backend_of.items() if op != "sample"}))
         self._choices = choices
         self._owned = tuple(owned)
         for op, backend in backends.items():
@@ -124,10 +127,11 @@ def _refusals(native: _NativeBackend | None, missing: str, cases: Iterable[OpCas
 
 
 def _spread(refusals: dict[str, str]) -> None:
-    """If native cannot run one of SAME_BACKEND, it runs none of them."""
-    for leader in [op for op in SAME_BACKEND if op in refusals]:
-        for op in SAME_BACKEND:
-            refusals.setdefault(op, f"shares packed weights with {leader}, which native does not run")
+    """If native cannot run one op of a group in SAME_BACKEND, it runs none of the group."""
+    for what, group in SAME_BACKEND.items():
+        for leader in [op for op in group if op in refusals]:
+            for op in group:
+                refusals.setdefault(op, f"shares {what} with {leader}, which native does not run")
 
 
 def resolve_ops(
@@ -168,7 +172,7 @@ def resolve_ops(
 
 
 def _resolve_triton(cases: Sequence[OpCase], device: str) -> OpsTable:
-    """All ops by the Triton kernels."""
+    """All ops by the Triton kernels; rows of logits that must be seen on the host are sampled by the reference."""
     from .triton import INTERPRETED, TritonOps
 
     ops = TritonOps(find_device(device))
@@ -177,8 +181,13 @@ def _resolve_triton(cases: Sequence[OpCase], device: str) -> OpsTable:
         if sentence:
             raise UnsupportedError(f"backend triton cannot run {case.op}: {sentence}")
     reason = INTERPRETED if device == "cpu" else f"runs on {ops.device}"
-    choices = [OpChoice(op, "triton", True, reason) for op in OP_NAMES]
-    return OpsTable(dict.fromkeys(OP_NAMES, ops), choices, [ops], ops.device)
+    choices = [OpChoice(op, "triton", True, reason) for op in OP_NAMES if op != "sample"]
+    choices.append(
+        OpChoice("sample", "reference", True, "for rows that the host must see; others are chosen by triton")
+    )
+    backends: dict[str, Any] = dict.fromkeys(OP_NAMES, ops)
+    backends["sample"] = ReferenceOps()
+    return OpsTable(backends, choices, [ops], ops.device)
 
 
 def _raise_first_refusal(native: _NativeBackend, refusals: dict[str, str]) -> None:

@@ -29,6 +29,12 @@ INTERPRETED = (
 )
 
 
+def refuse_int8_cache(op: str, *scales: Tensor | None) -> None:
+    """Raises ShapeError if an int8 cache was given, which the kernels do not read."""
+    if any(s is not None for s in scales):
+        raise ShapeError(f"{op}: backend triton has no int8 KV-cache; use kv_cache_dtype='auto'")
+
+
 class TritonOps(TritonVision):
     """The ops of the contract by the kernels in kernels/.
 
@@ -122,10 +128,13 @@ class TritonOps(TritonVision):
         k_norm: Tensor | None = None,
         eps: float = 1e-6,
         out: Tensor | None = None,
+        key_scales: Tensor | None = None,
+        value_scales: Tensor | None = None,
     ) -> Tensor:
         from ..kernels.qk_norm_rope_store import qk_norm_rope_store
 
         op, tokens = "qk_norm_rope_store", qkv.shape[0]
+        refuse_int8_cache(op, key_scales, value_scales)
         num_kv_heads, head_dim = self._caches(op, keys, values, qkv.dtype)
         self._rows(op, qkv, (num_heads + 2 * num_kv_heads) * head_dim, qkv.dtype)
         self._vector(op, "positions", positions, tokens, torch.int32)
@@ -152,10 +161,13 @@ class TritonOps(TritonVision):
         context_lens: Tensor,
         scale: float,
         out: Tensor | None = None,
+        key_scales: Tensor | None = None,
+        value_scales: Tensor | None = None,
     ) -> Tensor:
         from ..kernels.paged_attention import paged_attention
 
         op, sequences = "paged_attention", context_lens.shape[0]
+        refuse_int8_cache(op, key_scales, value_scales)
         num_kv_heads, head_dim = self._caches(op, keys, values, q.dtype)
         if q.ndim != 3 or q.shape[2] != head_dim or not num_kv_heads or q.shape[1] % num_kv_heads:
             refuse(op, "q must be [N, H, D] with the cache's D and H a multiple of its K", q, keys)

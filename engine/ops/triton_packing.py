@@ -160,7 +160,7 @@ class TritonPacking:
         """Packed folders hold the layout of the native kernels only."""
         return None
 
-    def map_packed(self, entry: PackedEntry, tensors: list[Tensor]) -> Any:
+    def map_packed(self, entry: PackedEntry, tensors: list[Tensor], copied: bool = False) -> Any:
         raise UnsupportedError(
             "the folder holds weights in the layout of the native kernels, which backend triton cannot read; use "
             "backend='native', or the checkpoint that it was made from"

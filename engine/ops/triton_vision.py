@@ -80,7 +80,14 @@ class TritonVision(TritonPacking):
         return conv_downsample(x, neck, eps)
 
     def window_attention(
-        self, qkv: Tensor, pad_qkv: Tensor, rel_h: Tensor, rel_w: Tensor, num_heads: int, window: int
+        self,
+        qkv: Tensor,
+        pad_qkv: Tensor,
+        rel_h: Tensor,
+        rel_w: Tensor,
+        num_heads: int,
+        window: int,
+        out: Tensor | None = None,
     ) -> Tensor:
         from ..kernels.window_attention import window_attention
 
@@ -96,14 +103,21 @@ class TritonVision(TritonPacking):
                 rule = f"[{2 * size - 1}, {head_dim}] float32"
                 refuse(op, f"for windows of {size} the tables must be contiguous {rule}", table)
         self._vector(op, "pad_qkv", pad_qkv, qkv.shape[3], qkv.dtype)
-        return window_attention(qkv, pad_qkv, rel_h, rel_w, num_heads, window)
+        self._result(op, qkv, out)
+        return window_attention(qkv, pad_qkv, rel_h, rel_w, num_heads, window, out)
 
-    def attention(self, qkv: Tensor, num_heads: int) -> Tensor:
+    def attention(self, qkv: Tensor, num_heads: int, out: Tensor | None = None) -> Tensor:
         from ..kernels.attention import attention
 
         self._dense("attention", "qkv", qkv, 3)
         self._head_dim("attention", qkv, num_heads)
-        return attention(qkv, num_heads)
+        self._result("attention", qkv, out)
+        return attention(qkv, num_heads, out)
+
+    def _result(self, op: str, qkv: Tensor, out: Tensor | None) -> None:
+        shape = (*qkv.shape[:-1], qkv.shape[-1] // 3)
+        if out is not None and (out.shape != shape or out.dtype != qkv.dtype or not out.is_contiguous()):
+            refuse(op, f"out must be contiguous {list(shape)} in qkv's dtype", out, qkv)
 
     @staticmethod
     def _head_dim(op: str, qkv: Tensor, num_heads: int) -> int:

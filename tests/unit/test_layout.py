@@ -36,7 +36,7 @@ LAYERS = {
     "cli": 6,
     "read_files": 6,
     "chat_command": 6,
-    "bench": 6,
+    "bench": 5,
 }
 FRONT_ENDS_MAY_USE = {0, 5, 6}
 HEAVY = ("torch", "transformers", "triton", "PIL", "tokenizers", "huggingface_hub")

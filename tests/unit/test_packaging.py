@@ -20,7 +20,19 @@ MAX_WHEEL_BYTES = 25_000_000
 def source_copy(folder: Path) -> Path:
     """The sources, with the compiled objects (so that only changes are compiled), in a folder of their own."""
     copy = folder / "source"
-    leave = (".git", ".venv", "*.so", "__pycache__", "*.egg-info", "lib", "lib.*", "bdist.*", "dist", ".*_cache")
+    leave = (
+        ".git",
+        ".venv*",
+        "peers-cache",
+        "*.so",
+        "__pycache__",
+        "*.egg-info",
+        "lib",
+        "lib.*",
+        "bdist.*",
+        "dist",
+        ".*_cache",
+    )
     ignored = shutil.ignore_patterns(*leave)
     shutil.copytree(ROOT, copy, ignore=ignored, ignore_dangling_symlinks=True)
     return copy

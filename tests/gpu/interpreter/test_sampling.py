@@ -9,10 +9,12 @@ import pytest
 import torch
 
 from pagelens.kernels.interpreter.checks import checked
+from pagelens.ops import SamplingCut
+from pagelens.ops.reference_sampling import ReferenceSampling
 from pagelens.ops.triton import TritonOps
 from pagelens.ops.triton_sampling import RowChoice
 from pagelens.runtime.logits import NgramProcessor
-from pagelens.runtime.sampler import Sampler, SequenceSampler, draw
+from pagelens.runtime.sampler import Sampler, SequenceSampler
 from pagelens.types import NgramGuard, SamplingParams
 
 VOCAB = 1500  # two tiles, the second in part
@@ -28,8 +30,8 @@ CHOICES = [
 
 
 def wanted(logits: torch.Tensor, choice: RowChoice) -> int:
-    params = SamplingParams(temperature=choice.temperature, top_k=choice.top_k, top_p=choice.top_p, min_p=choice.min_p)
-    return draw(logits.numpy().copy(), params, choice.uniform)
+    cut = SamplingCut(choice.temperature, choice.top_k, choice.top_p, choice.min_p, choice.uniform)
+    return ReferenceSampling().sample(logits[None].clone(), [cut])[0]
 
 
 def make_logits(kind: str, rows: int) -> torch.Tensor:
@@ -106,10 +108,10 @@ def test_the_sampler_reads_rows_back_only_where_it_must(triton_ops: TritonOps) -
                 one.observe(token)
         assert [one.for_device() is None for one in samplers] == [False, False, False, True]
         samplers[1] = SequenceSampler(asked[1], [1, 2], frozenset({0}))
-        results.append(Sampler(1400, sampling).sample(logits.clone(), samplers))
+        results.append(Sampler(1400, None, sampling).sample(logits.clone(), samplers))
     assert [r.token for r in results[0]] == [r.token for r in results[1]]
     assert results[1][3].logprobs == results[0][3].logprobs
-    broken = Sampler(None, triton_ops.sampling).sample(
+    broken = Sampler(None, None, triton_ops.sampling).sample(
         torch.full((1, 9), torch.nan), [SequenceSampler(SamplingParams(), [], frozenset())]
     )
     assert "NaN" in str(broken[0].error)

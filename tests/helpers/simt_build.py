@@ -1,0 +1,56 @@
+"""Builds CUDA sources with g++ on the runtime of csrc/simt: plain, with the race detector, or under sanitizers."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sysconfig
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+RUNTIME = sorted((ROOT / "csrc/simt").glob("*.cpp"))
+COMMON = ["-std=c++17", "-g", "-Wall", "-Wextra", "-Wno-unknown-pragmas", f"-I{ROOT / 'csrc'}"]
+SANITIZE = ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+# The flags of the runtime and drivers, and of the kernels. Only kernels carry the hooks of the race detector.
+VARIANTS = {
+    "plain": (["-O2"], ["-O2"]),
+    "race": (["-O2"], ["-O1", "-fsanitize=thread"]),
+    "asan": (SANITIZE, SANITIZE),
+}
+
+
+def compiler() -> list[str]:
+    return shlex.split(os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++")
+
+
+def run(command: Sequence[str | Path]) -> None:
+    result = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+    if result.returncode != 0:
+        raise RuntimeError(f"{' '.join(map(str, command))}\n{result.stderr}")
+
+
+def build(
+    variant: str, kernels: Sequence[Path], drivers: Sequence[Path], folder: Path, cxx: Sequence[str] = ()
+) -> Path:
+    """The program `folder/variant` of these kernels (.cu) and drivers (.cpp), with the runtime."""
+    folder.mkdir(parents=True, exist_ok=True)
+    host, device = VARIANTS[variant]
+    cxx = list(cxx) or compiler()
+    objects: list[Path] = []
+    jobs: list[list[str | Path]] = []
+    for source, flags in [*((s, host) for s in [*RUNTIME, *drivers]), *((s, device) for s in kernels)]:
+        # The runtime without a sanitizer is the same in several programs of one folder.
+        tag = "host" if flags is host and variant in ("plain", "race") else variant
+        obj = folder / f"{tag}-{source.name}.o"
+        objects.append(obj)
+        if source in RUNTIME and obj.exists():
+            continue
+        jobs.append([*cxx, *COMMON, *flags, "-x", "c++", "-c", source, "-o", obj])
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(run, jobs))
+    target = folder / variant
+    run([*cxx, *(SANITIZE if variant == "asan" else []), *objects, "-ldl", "-o", target])
+    return target
