@@ -1,6 +1,6 @@
 """Chooses configurations from what the compilers say and the cost model; writes kernels/configs/<target>.json.
 
-A candidate is dropped if it does not compile, spills, copies less than 16 bytes at once, or does not fit a
+A candidate is dropped if it does not compile, spills, copies less than 16 bytes at once (NVIDIA), or does not fit a
 multiprocessor; of the others the one with the least estimated time wins, then the one with fewer registers. Workloads
 that share a rule (the same key and limits) add up their times.
 """
@@ -46,7 +46,7 @@ def judge(target: str, workload: Workload, launches: list, found: Sequence[Resou
     whole = [result for result in found if isinstance(result, Resources)]
     pairs = list(zip(launches, whole))
     guess, (_, main) = estimate(target, workload, pairs), main_launch(pairs)
-    if main.tensor and main.copies and not main.wide_copies:
+    if main.tensor and main.copies and not main.wide_copies and not target.startswith("gfx"):
         return Judged(0.0, 0, "", "copies less than 16 bytes at once")
     fit = occupancy(target, main)
     note = (
