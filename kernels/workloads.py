@@ -286,7 +286,7 @@ WORKLOADS = (
     linear_work(1, 2048, 4096, {"rows": 16}, "int8"),
     linear_work(1, 2048, 4096, {"rows": 16}, "int4"),
     linear_work(1, 2048, 4096, {"rows": 16}, "fp8"),
-    linear_work(16, 2048, 4096, {}, "fp8 of fp8"),
+    linear_work(64, 2048, 4096, {}, "fp8 of fp8"),
     attention_work(),
     window_work(14, {"window": 14}),
     window_work(0, {}),

@@ -129,6 +129,7 @@ def test_spills_and_crowds_are_refused() -> None:
     assert "spills" in str(search.judge("sm_80", work, [call], [resources(spills=2)]).refused)
     assert "does not fit" in str(search.judge("sm_89", work, [call], [resources(shared=150_000)]).refused)
     assert "does not compile" in str(search.judge("sm_80", work, [call], [CompileError("x for y: z")]).refused)
+    assert "16 bytes" in str(search.judge("sm_80", work, [call], [resources(wide_copies=0)]).refused)
     assert search.judge("sm_80", work, [call], [resources()]).refused is None
 
 

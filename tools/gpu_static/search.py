@@ -1,8 +1,8 @@
 """Chooses configurations from what the compilers say and the cost model; writes kernels/configs/<target>.json.
 
-A candidate is dropped if it does not compile, spills, or does not fit a multiprocessor; of the others the one with the
-least estimated time wins, then the one with fewer registers. Workloads that share a rule (the same key and limits) add
-up their times.
+A candidate is dropped if it does not compile, spills, copies less than 16 bytes at once (NVIDIA), or does not fit a
+multiprocessor; of the others the one with the least estimated time wins, then the one with fewer registers. Workloads
+that share a rule (the same key and limits) add up their times.
 """
 
 from __future__ import annotations
@@ -46,6 +46,8 @@ def judge(target: str, workload: Workload, launches: list, found: Sequence[Resou
     whole = [result for result in found if isinstance(result, Resources)]
     pairs = list(zip(launches, whole))
     guess, (_, main) = estimate(target, workload, pairs), main_launch(pairs)
+    if main.tensor and main.copies and not main.wide_copies and not target.startswith("gfx"):
+        return Judged(0.0, 0, "", "copies less than 16 bytes at once")
     fit = occupancy(target, main)
     note = (
         f"{workload.name}: {1e6 * guess.total:.1f} us by the model, bound by {guess.bound}; {main.registers} "

@@ -10,13 +10,14 @@ import pytest
 import torch
 from gpu.device.conftest import MODE
 from gpu.device.on_device import OnDevice
-from gpu.gpu_cases import GPU_SMALL, as_gpu_case
+from gpu.gpu_cases import GPU_SMALL, NO_INT8_CACHE, as_gpu_case
 from ops.cases import REAL, Case, difference
 from ops.vision_cases import REAL_VISION
 
 from pagelens.ops.reference import ReferenceOps
 
-CASES = [*GPU_SMALL, *(as_gpu_case(case) for case in [*REAL, *REAL_VISION])]
+REAL_SIZES = [as_gpu_case(case) for case in [*REAL, *REAL_VISION] if not isinstance(case, NO_INT8_CACHE)]
+CASES = [*GPU_SMALL, *REAL_SIZES]
 DRY = MODE == "dry"
 
 
