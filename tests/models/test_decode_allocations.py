@@ -1,4 +1,6 @@
-"""A decode step on native allocates nothing but its logits, counted as new torch storages and native scratch bytes."""
+"""A step on native computes nothing with torch, whose ops would start threads of their own, and a decode step allocates
+nothing but its logits, counted as new torch storages and native scratch bytes.
+"""
 
 from __future__ import annotations
 
@@ -24,9 +26,11 @@ class StorageCounter(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.made: list[tuple[str, tuple[int, ...], torch.dtype]] = []
+        self.called: set[str] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
+        self.called.add(func.name().split(".")[0])
         known = set(storages((args, kwargs)))
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() not in known:
@@ -63,6 +67,25 @@ def test_only_the_logits_are_new(dtype: torch.dtype) -> None:
         model.forward(*step)
     assert native.scratch_bytes == before
     model.ops.close()
+
+
+# New memory, other shapes of the same memory, and one number of it.
+WITHOUT_WORK = {
+    f"aten::{name}" for name in ("empty", "view", "as_strided", "slice", "select", "detach", "_local_scalar_dense")
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_step_computes_nothing_with_torch(dtype: torch.dtype) -> None:
+    for backend in ("native", "reference"):
+        _, model, (decode, cache) = counted_step(backend, dtype)
+        prefill = make_batch([(list(range(20)), 0), ([0, 61], 0)], [[0, 1, 2], [5, 4, 3]], 8)
+        for batch in (prefill, decode):
+            with StorageCounter() as counter:
+                model.forward(batch, cache)
+            others = counter.called - WITHOUT_WORK
+            assert bool(others) == (backend == "reference"), others
+        model.ops.close()
 
 
 def test_a_decode_step_leaves_no_python_objects() -> None:
