@@ -20,7 +20,8 @@ from typing import Any
 
 import pytest
 import torch
-from ops.cases import BF16, Case, LinearCase, MoeCase, SwigluCase, difference, noise
+from ops.case import BF16, Case, difference, noise
+from ops.cases import LinearCase, MoeCase, SwigluCase
 from ops.quantized_cases import OWN_INT4, OWN_INT8, QuantizedLinearCase, QuantizedMoeCase, QuantizedSwigluCase, Recipe
 from torch import Tensor
 

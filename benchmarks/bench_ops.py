@@ -25,7 +25,9 @@ from typing import Any
 
 import pytest
 import torch
-from ops.cases import BF16, LARGE, REAL, AttentionCase, Case, LinearCase, MoeCase, NormCase, difference
+from ops.cache_cases import AttentionCase
+from ops.case import BF16, Case, difference
+from ops.cases import LARGE, REAL, LinearCase, MoeCase, NormCase
 from ops.quantized_cases import REAL_QUANTIZED
 from ops.vision_cases import (
     LARGE_VISION,

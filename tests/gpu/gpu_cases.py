@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import fields, replace
 
-from ops.cases import F16, F32, SMALL, UNIT, AttentionCase, Case, Int8AttentionCase, Int8RopeCase
+from ops.cache_cases import AttentionCase, Int8AttentionCase, Int8RopeCase
+from ops.case import F16, F32, UNIT, Case
+from ops.cases import SMALL
 from ops.quantized_cases import SMALL_QUANTIZED
 from ops.vision_cases import SMALL_VISION
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from ops.cases import BF16, F32, Case, LinearCase, MoeCase, Run, SwigluCase, element_bytes, noise
+from ops.case import BF16, F32, Case, Run, element_bytes, noise
+from ops.cases import LinearCase, MoeCase, SwigluCase
 from torch import Tensor
 
 from pagelens.quantization import VALUE_DTYPES, QuantizedWeight

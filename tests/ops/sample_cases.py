@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from ops.cases import strided_rows
+from ops.case import strided_rows
 from torch import Tensor
 
 from pagelens.ops import SamplingCut

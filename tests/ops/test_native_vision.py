@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from ops.cases import BF16, F32, Case, difference, noise
+from ops.case import BF16, F32, Case, difference, noise
 from ops.vision_cases import (
     LARGE_VISION,
     REAL_VISION,

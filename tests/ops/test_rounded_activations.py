@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from ops.cases import F32, difference
+from ops.case import F32, difference
 from ops.quantized_cases import OWN_INT4, OWN_INT8, QuantizedLinearCase, Recipe
 
 from pagelens import _native

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from ops.cases import BF16, F32, UNIT, Case, Run, both, element_bytes, noise
+from ops.case import BF16, F32, UNIT, Case, Run, element_bytes, noise
+from ops.cases import both
 from torch import Tensor
 
 

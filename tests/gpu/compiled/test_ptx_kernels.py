@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from gpu.gpu_cases import GPU_SMALL
 from gpu.ptx.errors import PtxError
-from ops.cases import Case, difference
+from ops.case import Case, difference
 
 # What each op's cases have to show: several CTAs, edges in every axis, more than one block of the summed axis.
 CHOSEN = [

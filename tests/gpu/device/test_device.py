@@ -11,7 +11,8 @@ import torch
 from gpu.device.conftest import MODE
 from gpu.device.on_device import OnDevice
 from gpu.gpu_cases import GPU_SMALL, NO_INT8_CACHE, as_gpu_case
-from ops.cases import REAL, Case, difference
+from ops.case import Case, difference
+from ops.cases import REAL
 from ops.vision_cases import REAL_VISION
 
 from pagelens.ops.reference import ReferenceOps

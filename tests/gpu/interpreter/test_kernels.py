@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 from gpu.gpu_cases import GPU_SMALL
-from ops.cases import BF16, F16, F32, Case, LinearCase, MoeCase, NormCase, difference, noise, rope_table
+from ops.cache_cases import rope_table
+from ops.case import BF16, F16, F32, Case, difference, noise
+from ops.cases import LinearCase, MoeCase, NormCase
 from torch import Tensor
 
 from pagelens.errors import ShapeError, UnsupportedError

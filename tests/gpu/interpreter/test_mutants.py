@@ -17,20 +17,9 @@ from typing import Any
 import pytest
 import torch
 from gpu.gpu_cases import as_gpu_case
-from ops.cases import (
-    BF16,
-    F32,
-    AttentionCase,
-    Case,
-    EmbeddingCase,
-    LinearCase,
-    MoeCase,
-    NormCase,
-    Paged,
-    RopeCase,
-    difference,
-    noise,
-)
+from ops.cache_cases import AttentionCase, Paged, RopeCase
+from ops.case import BF16, F32, Case, difference, noise
+from ops.cases import EmbeddingCase, LinearCase, MoeCase, NormCase
 from ops.quantized_cases import OWN_INT8, QuantizedLinearCase, QuantizedMoeCase, Recipe
 from ops.vision_cases import ConvDownsampleCase, PatchEmbedCase, SequenceAttentionCase, WindowAttentionCase
 
