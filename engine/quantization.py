@@ -219,12 +219,12 @@ def quantize(weight: Tensor, kind: Literal["int8", "int4"]) -> QuantizedWeight:
         piece = weight[first : first + rows].float()
         if not bool(piece.isfinite().all()):
             raise ShapeError("quantize: the weight holds NaN or infinity; the checkpoint is damaged")
-        grouped = torch.nn.functional.pad(piece, (0, groups * size - k)).view(-1, groups, size)
+        grouped = torch.nn.functional.pad(piece, (0, groups * size - k)).view(len(piece), groups, size)
         found = _int8_scales(grouped) if kind == "int8" else _int4_scales(grouped)
         low, high = (-127, 127) if kind == "int8" else (-8, 7)
         scales[first : first + rows] = found
         whole = _round_to(grouped, scales[first : first + rows].float(), low, high)
-        values[first : first + rows] = whole.view(-1, groups * size)[:, :k].to(torch.int8)
+        values[first : first + rows] = whole.view(len(piece), groups * size)[:, :k].to(torch.int8)
     dtype = weight.dtype if weight.dtype in (torch.float32, torch.bfloat16) else torch.float32
     return own_weight(kind, values, scales, size, dtype)
 

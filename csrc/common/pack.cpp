@@ -1,5 +1,6 @@
 #include "common/pack.h"
 
+#include <pthread.h>
 #include <sys/mman.h>
 
 #include <algorithm>
@@ -24,7 +25,7 @@ size_t lines(int64_t bytes) { return (static_cast<size_t>(bytes) + kLine - 1) / 
 std::shared_ptr<char> new_block(size_t bytes) {
   void* memory = nullptr;
   const size_t whole = (bytes + kHugePage - 1) / kHugePage * kHugePage;
-  if (posix_memalign(&memory, kHugePage, whole)) throw std::bad_alloc();
+  if (posix_memalign(&memory, kHugePage, whole)) throw OutOfMemory(bytes);
 #ifdef MADV_HUGEPAGE
   madvise(memory, whole, MADV_HUGEPAGE);
 #endif
@@ -37,6 +38,13 @@ struct OpenBlock {
   std::weak_ptr<char> memory;
   size_t used = 0;
 } open_block;
+
+// A child of fork() has no thread that would let go of a mutex which another one held. So it is held across the fork.
+void guard_forks() {
+  static const int registered = pthread_atfork([] { open_block.mutex.lock(); }, [] { open_block.mutex.unlock(); },
+                                               [] { open_block.mutex.unlock(); });
+  (void)registered;
+}
 
 // The row that column c of a panel holds, or null.
 const char* row_of(const RowSource& source, int64_t panel, int64_t c, int64_t row_bytes) {
@@ -128,6 +136,7 @@ WeightBuffer::WeightBuffer(size_t bytes) : size_(bytes) {
     data_ = block_.get();
     return;
   }
+  guard_forks();
   std::lock_guard<std::mutex> guard(open_block.mutex);
   block_ = open_block.memory.lock();
   if (!block_ || bytes > kSharedBlock - open_block.used) {

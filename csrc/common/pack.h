@@ -13,7 +13,7 @@ namespace pagelens {
 // from pages of 4 KiB, a matrix of 2 MiB takes about twice as long.
 class WeightBuffer {
  public:
-  explicit WeightBuffer(size_t bytes);  // throws std::bad_alloc
+  explicit WeightBuffer(size_t bytes);  // throws OutOfMemory
   // Memory of somebody else, who keeps it for as long as this object lives.
   WeightBuffer(char* data, size_t bytes) : data_(data), size_(bytes) {}
   WeightBuffer(const WeightBuffer&) = delete;

@@ -8,6 +8,7 @@
 #include <new>
 #include <stdexcept>
 #include <string>
+#include <system_error>
 
 namespace pagelens {
 namespace {
@@ -52,7 +53,7 @@ void* Buffer::at_least(size_t bytes) {
   release();
   const size_t rounded = (bytes + 63) / 64 * 64;
   void* fresh = std::aligned_alloc(64, rounded);
-  if (!fresh) throw std::bad_alloc();
+  if (!fresh) throw OutOfMemory(rounded);
   std::memset(fresh, 0, rounded);
   data_ = fresh;
   size_ = rounded;
@@ -120,8 +121,14 @@ void ThreadPool::close() {
 }
 
 void ThreadPool::start() {
-  for (int t = static_cast<int>(threads_.size()) + 1; t < num_threads_; t++)
-    threads_.emplace_back([this, t] { loop(t); });
+  threads_.reserve(static_cast<size_t>(num_threads_));
+  for (int t = static_cast<int>(threads_.size()) + 1; t < num_threads_; t++) try {
+      threads_.emplace_back([this, t] { loop(t); });
+    } catch (const std::system_error& error) {  // those that run stay, and wait for work
+      throw std::runtime_error("the system gave only " + std::to_string(t) + " of num_threads=" +
+                               std::to_string(num_threads_) + " threads (" + error.code().message() +
+                               "); ask for fewer, or raise its limits on threads and memory (ulimit -u, -v)");
+    }
 }
 
 void ThreadPool::dispatch(int64_t chunks, Call call, void* context) {

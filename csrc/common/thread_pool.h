@@ -10,7 +10,9 @@
 #include <cstdint>
 #include <memory>
 #include <mutex>
+#include <new>
 #include <stdexcept>
+#include <string>
 #include <thread>
 #include <vector>
 
@@ -21,6 +23,18 @@ struct PoolClosed : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
+// What was asked for, and what to do; Python makes a MemoryError of it.
+class OutOfMemory : public std::bad_alloc {
+ public:
+  explicit OutOfMemory(size_t bytes)
+      : text_("the system gives no " + std::to_string((bytes + (1 << 20) - 1) >> 20) +
+              " MiB to the native kernels; use a smaller batch, fewer bits a weight, or a machine with more memory") {}
+  const char* what() const noexcept override { return text_.c_str(); }
+
+ private:
+  std::string text_;
+};
+
 // Memory that only grows; aligned to 64 bytes, zeroed when it is made.
 class Buffer {
  public:
@@ -28,7 +42,7 @@ class Buffer {
   ~Buffer() { release(); }
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
-  void* at_least(size_t bytes);  // throws std::bad_alloc; old contents are lost when it grows
+  void* at_least(size_t bytes);  // throws OutOfMemory; old contents are lost when it grows
   void release();
   void* data() const { return data_; }
   size_t size() const { return size_; }

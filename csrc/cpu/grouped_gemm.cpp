@@ -151,7 +151,8 @@ int64_t first_bad_row(const GroupedArgs& a) {
 
 void run_all_tokens(ThreadPool& pool, const GroupedArgs& args) {
   const int64_t tokens = args.x.rows, k = args.top_k, experts = args.moe.num_experts;
-  const int64_t at_once = std::max<int64_t>(kTermBytes / (4 * padded_columns(args.moe) * (k + 1)), 1);
+  const int64_t at_once =
+      std::max<int64_t>(kTermBytes / std::max<int64_t>(4 * padded_columns(args.moe) * (k + 1), 1), 1);
   if (tokens <= at_once) {
     if (tokens > 0) run_chunk(pool, {&args, 0, tokens, args.offsets, args.permutation});
     return;

@@ -217,7 +217,7 @@ struct SampleArgs {
 };
 
 // A function that returns a number returns -1, or the first row (paged_attention: sequence, grouped_gemm: flat index)
-// whose id, position, slot or block is outside its table; nothing is written then.
+// whose id, position, slot or block is outside its table, or whose cut is outside its ranges; nothing is written then.
 struct KernelTable {
   int64_t (*embedding)(ThreadPool&, const EmbeddingArgs&);
   void (*linear)(ThreadPool&, const LinearArgs&);
@@ -233,7 +233,7 @@ struct KernelTable {
   void (*patch_embed)(ThreadPool&, const PatchEmbedArgs&);
   void (*conv_downsample)(ThreadPool&, const ConvDownsampleArgs&);
   int64_t (*quantize)(ThreadPool&, const QuantizeArgs&);
-  void (*sample)(ThreadPool&, const SampleArgs&);
+  int64_t (*sample)(ThreadPool&, const SampleArgs&);
   void (*resize_rgb_u8)(const uint8_t*, int64_t, int64_t, uint8_t*, int64_t, int64_t);
   void (*probe_read)(ThreadPool&, const char*, int64_t);
   double (*probe_arithmetic)(ThreadPool&, ProbeKind, int64_t);
@@ -265,7 +265,7 @@ void window_attention(ThreadPool& pool, const WindowAttentionArgs& args);
 void patch_embed(ThreadPool& pool, const PatchEmbedArgs& args);
 void conv_downsample(ThreadPool& pool, const ConvDownsampleArgs& args);
 int64_t quantize(ThreadPool& pool, const QuantizeArgs& args);
-void sample(ThreadPool& pool, const SampleArgs& args);
+int64_t sample(ThreadPool& pool, const SampleArgs& args);
 
 // RGB bytes [src_h, src_w, 3] -> [dst_h, dst_w, 3], both contiguous: exactly Pillow's bicubic resize (before version
 // 13).

@@ -267,7 +267,8 @@ void run(ThreadPool& pool, const AttentionArgs& a) {
 
 int64_t paged_attention(ThreadPool& pool, const AttentionArgs& a) {
   for (int64_t s = 0; s < a.num_sequences; s++) {
-    const int64_t queries = a.query_starts[s + 1] - a.query_starts[s], context = a.context_lens[s];
+    // In 64 bits: of two arbitrary starts the difference may not fit into 32.
+    const int64_t queries = int64_t{a.query_starts[s + 1]} - a.query_starts[s], context = a.context_lens[s];
     if (queries < 0 || context < queries || context > a.max_blocks * a.block_size) return s;
     for (int64_t b = 0; b * a.block_size < context; b++) {
       const int32_t block = a.block_tables[s * a.max_blocks + b];

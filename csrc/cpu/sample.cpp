@@ -272,16 +272,28 @@ int32_t sample_row(const float* row, int64_t vocabulary, const SampleCut& cut, c
   return draw_of_all(row, vocabulary, top, cut, s);
 }
 
+// Whether a row can be drawn by these numbers (NaN is none): the largest logit is then a candidate after every cut.
+bool is_usable(const SampleCut& c) {
+  if (!(c.temperature >= 0.0 && std::isfinite(c.temperature))) return false;
+  if (c.temperature == 0.0) return true;
+  return c.top_k >= 0.0 && c.top_k == std::floor(c.top_k) && std::isfinite(c.top_k) && c.top_p > 0.0 &&
+         c.top_p <= 1.0 && c.min_p >= 0.0 && c.min_p <= 1.0 && c.uniform >= 0.0 && c.uniform < 1.0;
+}
+
 }  // namespace
 
-void sample(ThreadPool& pool, const SampleArgs& a) {
+int64_t sample(ThreadPool& pool, const SampleArgs& a) {
   bool draws = false;
-  for (int64_t r = 0; r < a.logits.rows; r++) draws |= a.cuts[r].temperature != 0.0;
+  for (int64_t r = 0; r < a.logits.rows; r++) {
+    if (!is_usable(a.cuts[r])) return r;
+    draws |= a.cuts[r].temperature != 0.0;
+  }
   pool.reserve_local(Scratch::bytes(a.logits.cols, draws));
   pool.run(a.logits.rows, [&](int64_t r, int thread) {
     const float* row = static_cast<const float*>(a.logits.data) + r * a.logits.stride;
     a.tokens[r] = sample_row(row, a.logits.cols, a.cuts[r], Scratch(pool.local(thread), a.logits.cols));
   });
+  return -1;
 }
 
 }  // namespace pagelens::PAGELENS_ISA

@@ -108,7 +108,7 @@ class SamplingCut(NamedTuple):
     """How `sample` chooses from one row.
 
     temperature 0: the largest logit, and the rest counts for nothing. Else top_k 0 and top_p 1 and min_p 0 cut nothing;
-    0 < top_p <= 1, 0 <= min_p <= 1, 0 <= uniform < 1.
+    0 < top_p <= 1, 0 <= min_p <= 1, 0 <= uniform < 1. `sample` refuses others (ShapeError) above temperature 0.
     """
 
     temperature: float
@@ -116,6 +116,13 @@ class SamplingCut(NamedTuple):
     top_p: float = 1.0
     min_p: float = 0.0
     uniform: float = 0.0
+
+    def rule(self, row: int) -> str:
+        """The error's text for row `row` of a call."""
+        return (
+            "sample: temperature must be finite and at least 0, top_k whole and at least 0, 0 < top_p <= 1, "
+            f"0 <= min_p <= 1 and 0 <= uniform < 1; row {row} has {self}"
+        )
 
 
 class Program(Protocol):

@@ -17,7 +17,7 @@ from ..errors import ConfigError, EngineClosedError, ShapeError, UnsupportedErro
 from . import Activation, OpCase, RopeTable, Routing, SamplingCut
 from .mapping import NativeMapping
 from .native_vision import NativeVision
-from .packing import DTYPES, PackedLinear, PackedMoe, PackedSwiglu, refuse, vector
+from .packing import DTYPES, PackedLinear, PackedMoe, PackedSwiglu, all_on_cpu, refuse, vector
 from .threads import MAX_THREADS, default_num_threads
 
 _ACTIVATIONS = {None: 0, "gelu": 1, "quick_gelu": 2, "silu": 3}
@@ -165,19 +165,22 @@ class NativeOps(NativeVision, NativeMapping):
         """A layer of the cache as the kernels take it; `like` is of the activations' dtype."""
         dtype = like.dtype if key_scales is None else torch.uint8
         good = keys.ndim == 4 and values.shape == keys.shape and keys.dtype == values.dtype == dtype
-        if not good or not keys.is_contiguous() or not values.is_contiguous():
-            refuse(op, f"keys and values must be contiguous [num_blocks, block_size, K, D] {dtype}", keys, values)
+        if not good or not keys.is_contiguous() or not values.is_contiguous() or not all_on_cpu(keys, values):
+            rule = f"contiguous CPU tensors [num_blocks, block_size, K, D] {dtype}"
+            refuse(op, f"keys and values must be {rule}", keys, values)
         num_blocks, block_size, num_kv_heads, head_dim = keys.shape
         if head_dim % 2 or not 0 < head_dim <= MAX_HEAD_DIM:
             refuse(op, f"D must be even and at most {MAX_HEAD_DIM}", keys)
         scales = [0, 0]
-        if key_scales is not None:
+        if (key_scales is None) != (value_scales is None):
+            refuse(op, "an int8 cache needs key_scales and value_scales, another one neither", keys)
+        if key_scales is not None and value_scales is not None:
             if head_dim % INT8_CACHE_MULTIPLE:
                 refuse(op, f"D must be a multiple of {INT8_CACHE_MULTIPLE} in an int8 cache", keys)
             shape = (num_blocks, num_kv_heads, block_size)
             for i, (name, x) in enumerate((("key_scales", key_scales), ("value_scales", value_scales))):
-                if x is None or x.shape != shape or x.dtype != torch.float32 or not x.is_contiguous():
-                    refuse(op, f"{name} must be contiguous {list(shape)} float32", keys, *([] if x is None else [x]))
+                if x.shape != shape or x.dtype != torch.float32 or not x.is_contiguous() or not all_on_cpu(x):
+                    refuse(op, f"{name} must be contiguous {list(shape)} float32 on the CPU", keys, x)
                 scales[i] = x.data_ptr()
         addresses = (keys.data_ptr(), values.data_ptr(), scales[0], scales[1])
         return (*addresses, num_blocks, block_size, num_kv_heads, head_dim)
@@ -211,8 +214,9 @@ class NativeOps(NativeVision, NativeMapping):
                 table.shape != (num_positions, head_dim // 2)
                 or table.dtype != torch.float32
                 or not table.is_contiguous()
+                or not all_on_cpu(table)
             ):
-                refuse(op, f"rope.{name} must be contiguous [P, {head_dim // 2}] float32", table)
+                refuse(op, f"rope.{name} must be contiguous [P, {head_dim // 2}] float32 on the CPU", table)
         out = _result(op, (tokens, num_heads, head_dim), qkv.dtype, out)
         bad = _native.qk_norm_rope_store(
             self._pool,
@@ -266,8 +270,8 @@ class NativeOps(NativeVision, NativeMapping):
         sequences = context_lens.shape[0]
         if block_tables.ndim != 2 or block_tables.shape[0] != sequences or block_tables.dtype != torch.int32:
             refuse(op, "block_tables must be [S, M] int32", block_tables, context_lens)
-        if not block_tables.is_contiguous():
-            refuse(op, "block_tables must be contiguous", block_tables)
+        if not block_tables.is_contiguous() or not all_on_cpu(block_tables):
+            refuse(op, "block_tables must be contiguous, on the CPU", block_tables)
         starts = vector(op, "query_starts", query_starts, sequences + 1, torch.int32)
         contexts = vector(op, "context_lens", context_lens, sequences, torch.int32)
         if int(query_starts[0]) != 0 or int(query_starts[-1]) != tokens:
@@ -405,9 +409,13 @@ class NativeOps(NativeVision, NativeMapping):
         source = _matrix("sample", "logits", logits)
         if logits.dtype != torch.float32 or not logits.shape[1] or len(cuts) != logits.shape[0]:
             refuse("sample", f"logits must be [{len(cuts)}, V] float32 with V >= 1, a row for each cut", logits)
-        values = np.array(cuts, np.float64)
+        values = np.array(cuts, np.float64).reshape(-1, len(SamplingCut._fields))
+        if len(values) != len(cuts):
+            raise ShapeError(f"sample: a cut has {', '.join(SamplingCut._fields)}; got {cuts[0]}")
         tokens = np.empty(len(cuts), np.int32)
-        _native.sample(self._pool, source, values.ctypes.data, tokens.ctypes.data)
+        bad = _native.sample(self._pool, source, values.ctypes.data, tokens.ctypes.data)
+        if bad >= 0:
+            raise ShapeError(SamplingCut(*cuts[bad]).rule(bad))
         chosen: list[int] = tokens.tolist()
         return chosen
 

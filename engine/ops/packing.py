@@ -90,14 +90,24 @@ class PackedMoe:
 
 
 def refuse(op: str, rule: str, *tensors: Weight | None) -> NoReturn:
-    got = ", ".join(f"{list(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in tensors if t is not None)
-    raise ShapeError(f"{op}: {rule}; got {got}")
+    raise ShapeError(f"{op}: {rule}; got {', '.join(_describe(t) for t in tensors if t is not None)}")
+
+
+def _describe(x: Weight) -> str:
+    text = f"{list(x.shape)} {str(x.dtype).removeprefix('torch.')}"
+    place = x.values.device if isinstance(x, QuantizedWeight) else x.device
+    return text if place.type == "cpu" else f"{text} on {place}"
+
+
+def all_on_cpu(*tensors: Tensor | None) -> bool:
+    """The address of a tensor that lies elsewhere means nothing here."""
+    return all(t is None or t.device.type == "cpu" for t in tensors)
 
 
 def vector(op: str, name: str, x: Tensor, size: int, dtype: torch.dtype) -> int:
     """Address of a contiguous [size] tensor."""
     if x.ndim != 1 or x.shape[0] != size or x.dtype != dtype or not x.is_contiguous() or x.device.type != "cpu":
-        refuse(op, f"{name} must be contiguous [{size}] {str(dtype).removeprefix('torch.')}", x)
+        refuse(op, f"{name} must be contiguous [{size}] {str(dtype).removeprefix('torch.')} on the CPU", x)
     return x.data_ptr()
 
 
@@ -109,6 +119,8 @@ def _checked(op: str, name: str, weight: Weight) -> Weight:
         return weight.contiguous()
     if weight.dtype not in DTYPES:
         refuse(op, f"{name} must be for float32 or bfloat16 activations", weight)
+    if not all_on_cpu(weight.values, weight.scales, weight.zeros, weight.input_order):
+        refuse(op, f"the parts of {name} must be CPU tensors", weight.values, weight.scales, weight.zeros)
     if weight.group_size % 8 and weight.scales.shape[1] > 1:
         raise UnsupportedError(
             f"{op}: {name} has a scale for {weight.group_size} inputs; the native kernels need a multiple of 8, or one "
@@ -169,8 +181,10 @@ class NativePacking:
     _pool: _native.ThreadPool
 
     def quantize(self, weight: Tensor, kind: Literal["int8", "int4"]) -> QuantizedWeight:
-        if weight.ndim != 2 or not weight.is_floating_point() or kind not in ("int8", "int4"):
-            return quantize(weight, kind)  # which says what is wrong
+        if weight.ndim != 2 or not weight.is_floating_point() or kind not in ("int8", "int4") or not weight.numel():
+            return quantize(weight, kind)  # which says what is wrong, if anything is
+        if not all_on_cpu(weight):
+            refuse("quantize", "weight must be a CPU tensor", weight)
         source = weight if weight.dtype in DTYPES else weight.float()
         source = source if source.shape[1] < 2 or source.stride(1) == 1 else source.contiguous()
         n, k = source.shape

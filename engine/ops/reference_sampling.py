@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..errors import ShapeError
 from . import SamplingCut
 
 
@@ -15,7 +17,17 @@ class ReferenceSampling:
     """The op `sample` of the reference backend."""
 
     def sample(self, logits: Tensor, cuts: Sequence[SamplingCut]) -> list[int]:
+        for i, cut in enumerate(cuts):
+            if not is_usable(cut):
+                raise ShapeError(cut.rule(i))
         return [choose(row, cut) for row, cut in zip(logits.numpy(), cuts, strict=True)]
+
+
+def is_usable(cut: SamplingCut) -> bool:
+    if not 0 <= cut.temperature < math.inf:
+        return False
+    whole = cut.top_k >= 0 and cut.top_k == int(cut.top_k) if math.isfinite(cut.top_k) else False
+    return cut.temperature == 0 or (whole and 0 < cut.top_p <= 1 and 0 <= cut.min_p <= 1 and 0 <= cut.uniform < 1)
 
 
 def choose(row: NDArray[np.float32], cut: SamplingCut) -> int:

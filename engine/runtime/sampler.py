@@ -74,7 +74,8 @@ class SequenceSampler:
             processor.apply(row)
         if self._random is None:
             return raw, GREEDY
-        return raw, SamplingCut(params.temperature, params.top_k, params.top_p, params.min_p, self._random.random())
+        top_k = max(params.top_k, 0)  # -1 cuts nothing either
+        return raw, SamplingCut(params.temperature, top_k, params.top_p, params.min_p, self._random.random())
 
     def finish(self, token: int, row: Row, raw: Row) -> Sampled:
         """What comes of the chosen token, or of -1. Does not record it: see `observe`."""

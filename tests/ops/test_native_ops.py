@@ -1,6 +1,7 @@
 """The C++ kernels against the reference backend, under every instruction set this machine can run.
 
-Also: a row's bits do not depend on the rows, chunks and threads around it; aliasing; errors; no leak of scratch memory.
+Also: a row's bits do not depend on the rows, chunks and threads around it; aliasing; no leak of scratch memory. What is
+refused: test_native_refusals.py.
 """
 
 from __future__ import annotations
@@ -10,24 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from ops.cases import (
-    BF16,
-    F32,
-    LARGE,
-    REAL,
-    SMALL,
-    AttentionCase,
-    Case,
-    Int8AttentionCase,
-    Int8RopeCase,
-    LinearCase,
-    MoeCase,
-    Paged,
-    SwigluCase,
-    difference,
-    noise,
-    rope_table,
-)
+from ops.cache_cases import AttentionCase, Int8AttentionCase, Int8RopeCase, Paged
+from ops.case import BF16, F32, Case, difference, noise
+from ops.cases import LARGE, REAL, SMALL, LinearCase, MoeCase, SwigluCase
 from ops.kv_layout import from_backend
 from ops.quantized_cases import (
     OWN_INT4,
@@ -41,9 +27,8 @@ from ops.quantized_cases import (
 )
 from torch import Tensor
 
-from pagelens import _native
-from pagelens.errors import EngineClosedError, ShapeError, UnsupportedError
-from pagelens.ops import OpCase, RopeTable
+from pagelens.errors import EngineClosedError, ShapeError
+from pagelens.ops import RopeTable
 from pagelens.ops.native import NativeOps
 from pagelens.ops.reference import ReferenceOps
 
@@ -364,70 +349,7 @@ def test_bfloat16_results_are_rounded_to_even_and_keep_nan(isa: str, native: Nat
     assert torch.equal(result[finite], expected_values[finite])
 
 
-# ---- errors, life and death ---------------------------------------------------------------------------------------
-def test_wrong_shapes_and_dtypes_are_refused(native: NativeOps) -> None:
-    x, half = torch.zeros(2, 8), torch.zeros(2, 8, dtype=torch.float16)
-    packed = native.pack_linear(torch.zeros(4, 8))
-    cache = torch.zeros(2, 4, 1, 8)
-    rope, i32 = rope_table(4, 8), torch.zeros(2, dtype=torch.int32)
-    qkv = torch.zeros(2, 24)
-    tables, starts = torch.zeros(1, 1, dtype=torch.int32), torch.tensor([0, 2], dtype=torch.int32)
-    q, two = torch.zeros(2, 1, 8), torch.tensor([2], dtype=torch.int32)
-    calls = {
-        "width": lambda: native.linear(torch.zeros(2, 7), packed),
-        "dtype": lambda: native.linear(half, packed),
-        "mixed": lambda: native.linear(x.bfloat16(), packed),
-        "transposed": lambda: native.linear(torch.zeros(8, 2).T, packed),
-        "activation": lambda: native.linear(x, packed, "tanh"),  # type: ignore[arg-type]
-        "residual": lambda: native.linear(x, packed, residual=torch.zeros(2, 5)),
-        "out": lambda: native.linear(x, packed, out=torch.zeros(2, 4, dtype=BF16)),
-        "out is x": lambda: native.linear(
-            square := torch.zeros(2, 8), native.pack_linear(torch.zeros(8, 8)), out=square
-        ),
-        "weight": lambda: native.pack_linear(torch.zeros(8)),
-        "bias": lambda: native.pack_linear(torch.zeros(4, 8), torch.zeros(5)),
-        "norm": lambda: native.rms_norm(x, torch.zeros(7), 1e-6),
-        "id": lambda: native.embedding(torch.tensor([1, 2], dtype=torch.int32), x),
-        "negative id": lambda: native.embedding(torch.tensor([-1], dtype=torch.int32), x),
-        "int64 ids": lambda: native.embedding(torch.tensor([1]), x),
-        "swiglu": lambda: native.pack_swiglu(torch.zeros(3, 8), torch.zeros(4, 8), torch.zeros(8, 3)),
-        "moe": lambda: native.pack_moe(
-            torch.zeros(2, 8), [(torch.zeros(3, 8), torch.zeros(3, 8), torch.zeros(8, 3))], None
-        ),
-        "top_k": lambda: native.moe_routing(x, 9, False, 1.0),
-        "slot": lambda: native.qk_norm_rope_store(qkv, i32, i32 + 8, rope, cache, cache.clone(), 1),
-        "position": lambda: native.qk_norm_rope_store(qkv, i32 + 4, i32, rope, cache, cache.clone(), 1),
-        "heads": lambda: native.qk_norm_rope_store(qkv, i32, i32, rope, cache, cache.clone(), 2),
-        "block": lambda: native.paged_attention(q, cache, cache, tables + 2, starts, two, 1.0),
-        "context": lambda: native.paged_attention(q, cache, cache, tables, starts, two + 3, 1.0),
-        "too short": lambda: native.paged_attention(q, cache, cache, tables, starts, two - 1, 1.0),
-        "starts": lambda: native.paged_attention(q, cache, cache, tables, starts + 1, two, 1.0),
-    }
-    accepted = []
-    for name, call in calls.items():
-        try:
-            call()
-        except ShapeError:
-            continue
-        accepted.append(name)
-    assert not accepted
-
-
-def test_a_refused_store_writes_nothing(native: NativeOps) -> None:
-    cache = torch.zeros(2, 2, 4, 1, 8)
-    slots = torch.tensor([0, 8], dtype=torch.int32)
-    with pytest.raises(ShapeError, match="slot 8 of 8"):
-        native.qk_norm_rope_store(torch.ones(2, 24), slots * 0, slots, rope_table(4, 8), cache[0], cache[1], 1)
-    assert not cache.any()
-
-
-def test_supports_says_why_not(native: NativeOps) -> None:
-    assert native.supports(OpCase("linear", BF16, (("in_features", 7),))) is None
-    assert "float16" in str(native.supports(OpCase("linear", torch.float16)))
-    assert "head_dim" in str(native.supports(OpCase("paged_attention", F32, (("head_dim", 7),))))
-    assert native.supports(OpCase("window_attention", BF16, (("head_dim", 64),))) is None
-
-
+# ---- life and death --------------------------------------------------------------------------------------------------
 def test_scratch_memory_stops_growing_and_is_freed() -> None:
     ops = NativeOps(2)
     runs = [case.bind(ops) for case in THREADED]
@@ -443,12 +365,3 @@ def test_scratch_memory_stops_growing_and_is_freed() -> None:
     ops.close()
     with pytest.raises(EngineClosedError, match="closed"):
         runs[0]()
-
-
-def test_an_unknown_instruction_set_makes_native_unsupported(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse() -> str:
-        raise ValueError("PAGELENS_CPU_ISA=sse9 is not an instruction set; known: portable")
-
-    monkeypatch.setattr(_native, "isa", refuse)
-    with pytest.raises(UnsupportedError, match="sse9"):
-        NativeOps(1)

@@ -45,7 +45,7 @@ def test_threads_start_with_the_first_job_and_end_with_close() -> None:
 def test_an_idle_pool_uses_no_processor_time() -> None:
     ops = NativeOps(3)
     busy_call(ops)
-    time.sleep(0.05)  # the workers spin for 150 us, then sleep
+    time.sleep(0.05)  # the workers spin for 0.5 ms, then sleep
     start = time.process_time()
     time.sleep(0.3)
     assert time.process_time() - start < 0.03
