@@ -163,6 +163,8 @@ class NativeOps(NativeVision, NativeMapping):
         op: str, keys: Tensor, values: Tensor, key_scales: Tensor | None, value_scales: Tensor | None, like: Tensor
     ) -> _native.Cache:
         """A layer of the cache as the kernels take it; `like` is of the activations' dtype."""
+        if (key_scales is None) != (value_scales is None):
+            refuse(op, "an int8 cache needs key_scales and value_scales, another one neither", keys)
         dtype = like.dtype if key_scales is None else torch.uint8
         good = keys.ndim == 4 and values.shape == keys.shape and keys.dtype == values.dtype == dtype
         if not good or not keys.is_contiguous() or not values.is_contiguous() or not all_on_cpu(keys, values):
@@ -172,8 +174,6 @@ class NativeOps(NativeVision, NativeMapping):
         if head_dim % 2 or not 0 < head_dim <= MAX_HEAD_DIM:
             refuse(op, f"D must be even and at most {MAX_HEAD_DIM}", keys)
         scales = [0, 0]
-        if (key_scales is None) != (value_scales is None):
-            refuse(op, "an int8 cache needs key_scales and value_scales, another one neither", keys)
         if key_scales is not None and value_scales is not None:
             if head_dim % INT8_CACHE_MULTIPLE:
                 refuse(op, f"D must be a multiple of {INT8_CACHE_MULTIPLE} in an int8 cache", keys)
@@ -206,7 +206,7 @@ class NativeOps(NativeVision, NativeMapping):
         cache = self._cache(op, keys, values, key_scales, value_scales, qkv)
         num_blocks, block_size, num_kv_heads, head_dim = keys.shape
         tokens, width = qkv.shape
-        if width != (num_heads + 2 * num_kv_heads) * head_dim:
+        if num_heads < 1 or width != (num_heads + 2 * num_kv_heads) * head_dim:
             refuse(op, f"qkv must be [N, ({num_heads} + 2*{num_kv_heads}) * {head_dim}]", qkv)
         num_positions = rope.cos.shape[0]
         for name, table in (("cos", rope.cos), ("sin", rope.sin)):
@@ -409,8 +409,8 @@ class NativeOps(NativeVision, NativeMapping):
         source = _matrix("sample", "logits", logits)
         if logits.dtype != torch.float32 or not logits.shape[1] or len(cuts) != logits.shape[0]:
             refuse("sample", f"logits must be [{len(cuts)}, V] float32 with V >= 1, a row for each cut", logits)
-        values = np.array(cuts, np.float64).reshape(-1, len(SamplingCut._fields))
-        if len(values) != len(cuts):
+        values = np.array(cuts, np.float64)
+        if len(cuts) and values.shape != (len(cuts), len(SamplingCut._fields)):
             raise ShapeError(f"sample: a cut has {', '.join(SamplingCut._fields)}; got {cuts[0]}")
         tokens = np.empty(len(cuts), np.int32)
         bad = _native.sample(self._pool, source, values.ctypes.data, tokens.ctypes.data)

@@ -134,8 +134,14 @@ def test_a_cut_outside_its_ranges_is_refused(cut: SamplingCut, vocabulary: int, 
 
 def test_cuts_without_their_five_numbers_are_refused(native: NativeOps) -> None:
     for cuts in ([(1.0,), (1.0,)], [1.0, 2.0], [(1.0, 0, 1.0, 0.0)] * 2):
-        with pytest.raises((ShapeError, ValueError)):
+        with pytest.raises(ShapeError, match="a cut has temperature, top_k, top_p, min_p, uniform"):
             native.sample(zeros(2, 50), cuts)  # type: ignore[arg-type]
+
+
+def test_a_number_of_heads_below_1_is_refused(native: NativeOps) -> None:
+    for heads in (0, -1):
+        with pytest.raises(ShapeError, match="qkv must be"):
+            store(native, qkv=zeros(2, 8 * (heads + 2)), num_heads=heads)
 
 
 def test_starts_whose_difference_overflows_are_refused(native: NativeOps) -> None:
