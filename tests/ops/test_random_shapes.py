@@ -21,7 +21,7 @@ from pagelens import _native
 from pagelens.ops.native import NativeOps
 from pagelens.ops.reference import ReferenceOps
 
-COUNT = 12  # of each kind
+COUNT = 6  # of each kind
 EDGES = (1, 2, 7, 8, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129)
 ROWS = (1, 2, 3, 4, 5, 14, 15, 28, 29, 32, 33, 47, 48, 49, 168, 169, 340)
 CHOSEN = _native.isa()
