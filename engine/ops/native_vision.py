@@ -48,8 +48,9 @@ class NativeVision(NativePacking):
 
     # ---- packing ---------------------------------------------------------------------------------------------------
     def pack_patch_embed(self, weight: Tensor, bias: Tensor) -> PackedPatches:
-        if weight.ndim != 4 or weight.shape[2] != weight.shape[3] or bias.shape != weight.shape[:1]:
-            refuse("pack_patch_embed", "needs [C, 3, p, p] and [C]", weight, bias)
+        square = weight.ndim == 4 and weight.shape[2] == weight.shape[3] > 0
+        if not square or bias.shape != weight.shape[:1]:
+            refuse("pack_patch_embed", "needs [C, 3, p, p] and [C], p at least 1", weight, bias)
         return PackedPatches(self.pack_linear(weight.flatten(1), bias), weight.shape[1], weight.shape[2])
 
     def pack_conv_downsample(self, weights: dict[str, Tensor]) -> PackedNeck:

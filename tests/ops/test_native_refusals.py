@@ -138,6 +138,11 @@ def test_cuts_without_their_five_numbers_are_refused(native: NativeOps) -> None:
             native.sample(zeros(2, 50), cuts)  # type: ignore[arg-type]
 
 
+def test_patches_without_pixels_are_refused(native: NativeOps) -> None:
+    with pytest.raises(ShapeError, match="p at least 1"):
+        native.pack_patch_embed(zeros(5, 3, 0, 0), zeros(5))
+
+
 def test_a_number_of_heads_below_1_is_refused(native: NativeOps) -> None:
     for heads in (0, -1):
         with pytest.raises(ShapeError, match="qkv must be"):
