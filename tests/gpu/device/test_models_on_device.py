@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pytest
@@ -28,7 +29,10 @@ DRY = MODE == "dry"
 SAMPLES = Path(__file__).resolve().parents[3] / "engine" / "assets" / "samples"
 SIZES = (1, 2, 3, 5, 8, 16, 20)  # sequences decoded together: some as many as the ladder's sizes, some between
 NUM_TOKENS = 8
-CLOSE = {torch.float32: 1e-4, torch.bfloat16: 0.25}  # logits up to 20; seen on the interpreted kernels: 1.3e-5, 0.10
+# The largest difference of a step's logits (of up to 20), and the median of all steps. Seen on the interpreted kernels:
+# float32 1.3e-5; bfloat16 0.10 of the reader, and 0.61 and 0.02 of the experts, two of which may change places.
+LARGEST = {torch.float32: 1e-4, torch.bfloat16: 2.0}
+MEDIAN = {torch.float32: 3e-5, torch.bfloat16: 0.15}
 
 
 @pytest.fixture
@@ -63,7 +67,9 @@ def check(found: list[Answer], expected: list[Answer], dtype: torch.dtype) -> No
     if DRY:  # a fixed token and no logits
         assert [len(answer) for answer in found] == [NUM_TOKENS] * len(found)
         return
-    assert max(differences(found, expected)) < CLOSE[dtype]
+    seen = differences(found, expected)
+    assert max(seen) < LARGEST[dtype]
+    assert median(seen) < MEDIAN[dtype]
     assert dtype != torch.float32 or tokens_of(found) == tokens_of(expected)
 
 
