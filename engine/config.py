@@ -35,7 +35,8 @@ class EngineConfig:
     kv_cache_bytes    size of the paged KV-cache; None = room for max_num_seqs sequences, at most 1 GiB
     block_size        tokens a KV block
     kv_cache_dtype    "auto" keeps keys and values in the dtype of the activations; "int8" rounds each head's row to
-                      int8 with a float32 scale, which takes about half of the memory and of the reading (on the CPU only)
+                      int8 with a float32 scale, which takes about half of the memory and of the reading; not with
+                      backend "triton"
     weights           "auto" takes them as the checkpoint has them; "int8" (a scale a row) and "int4" (a scale for 32
                       inputs; the output head and the vision towers int8) quantise linear layers as they are read, and
                       round their inputs to int8 (a scale for 64, with int4 for 32 of them)
