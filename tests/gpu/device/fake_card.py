@@ -28,7 +28,7 @@ class FakeGraph:
 
 
 @contextmanager
-def capturing(graph: FakeGraph, pool: object = None) -> Iterator[None]:
+def capturing(graph: FakeGraph, pool: object = None, **options: Any) -> Iterator[None]:
     assert pool is not None
     yield
     graph.is_captured = True
@@ -62,4 +62,5 @@ def fake_card() -> Iterator[Any]:
         patch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
         patch.setattr(torch.cuda, "graph", capturing)
         patch.setattr(torch.cuda, "graph_pool_handle", object)
+        patch.setattr(torch.cuda, "Stream", object)
         yield counter

@@ -51,7 +51,6 @@ def graphs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
 
     monkeypatch.setattr(GraphProgram, "begin", counted_begin)
     monkeypatch.setattr(GraphProgram, "replay", counted_replay)
-    monkeypatch.setattr(GraphProgram, "_pool", None)
     if not request.param:
         monkeypatch.setattr(TritonOps, "new_program", lambda self: None)
     with ExitStack() as stack:
