@@ -151,8 +151,8 @@ def build_parser() -> argparse.ArgumentParser:
     quantize.add_argument(
         "--weights",
         default="int8",
-        choices=("int8", "int4", "auto"),
-        help="default: int8; auto: packed as the checkpoint has them",
+        choices=("int8", "int4", "int4-pure", "auto"),
+        help="default: int8; int4 keeps the output head in int8, int4-pure does not; auto: as the checkpoint has them",
     )
     quantize.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
     quantize.add_argument("--threads", type=int, help="threads that pack; default: one a physical core")
@@ -217,8 +217,8 @@ def add_engine_options(parser: argparse.ArgumentParser, needs_model: bool = Fals
     parser.add_argument(
         "--weights",
         default="auto",
-        choices=("auto", "int8", "int4"),
-        help="quantise linear layers as they are read; auto: not",
+        choices=("auto", "int8", "int4", "int4-pure"),
+        help="quantise linear layers as they are read; int4 keeps the head in int8, int4-pure does not; auto: not",
     )
     parser.add_argument(
         "--kv-cache-dtype",

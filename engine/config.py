@@ -39,7 +39,8 @@ class EngineConfig:
                       backend "triton"
     weights           "auto" takes them as the checkpoint has them; "int8" (a scale a row) and "int4" (a scale for 32
                       inputs; the output head and the vision towers int8) quantise linear layers as they are read, and
-                      round their inputs to int8 (a scale for 64, with int4 for 32 of them)
+                      round their inputs to int8 (a scale for 64, with int4 for 32 of them); "int4-pure" is "int4"
+                      with the output head in int4, too
     prefix_cache      find the blocks of earlier prompts and answers again instead of computing them
     use_mmap          use the weights of a packed folder where they are mapped (starts at once, holds what was read);
                       False copies them into huge pages first (decodes faster). Others are always converted
@@ -53,7 +54,7 @@ class EngineConfig:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: Literal["cpu", "cuda"] = "cpu"
     backend: Literal["auto", "reference", "native", "triton"] = "auto"
-    weights: Literal["auto", "int8", "int4"] = "auto"
+    weights: Literal["auto", "int8", "int4", "int4-pure"] = "auto"
     num_threads: int | None = None
     max_model_len: int | None = None
     max_num_seqs: int = 16
@@ -76,7 +77,7 @@ class EngineConfig:
             "dtype": ("auto", "float32", "bfloat16", "float16"),
             "device": ("cpu", "cuda"),
             "backend": BACKENDS,
-            "weights": ("auto", "int8", "int4"),
+            "weights": ("auto", "int8", "int4", "int4-pure"),
             "kv_cache_dtype": ("auto", "int8"),
         }
         for name, allowed in choices.items():

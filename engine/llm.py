@@ -44,7 +44,7 @@ class LLM:
     dtype             "auto" (the checkpoint's), "float32", "bfloat16", "float16" (backend "triton" only)
     device            "cpu", or "cuda": an NVIDIA GPU, or an AMD one with a ROCm build of torch
     backend           "auto", "reference", "native" or "triton", the only one for "cuda" (on the CPU for tests only)
-    weights           "auto" (the checkpoint's), "int8", "int4": linear layers quantised as they are read
+    weights           "auto" (the checkpoint's), "int8", "int4", "int4-pure": linear layers quantised as they are read
     num_threads       of the native kernels; None = one a physical core (torch's own threads are left as they are)
     max_model_len     longest prompt + answer; None = the model's own limit
     max_num_seqs      most requests decoded together

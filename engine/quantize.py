@@ -48,13 +48,13 @@ class QuantizeReport:
 def quantize_checkpoint(
     source: str | Path,
     target: str | Path,
-    weights: Literal["auto", "int8", "int4"] = "int8",
+    weights: Literal["auto", "int8", "int4", "int4-pure"] = "int8",
     dtype: Literal["auto", "float32", "bfloat16"] = "auto",
     num_threads: int | None = None,
 ) -> QuantizeReport:
     """Write `target`, a new or empty folder, from the checkpoint folder or hub id `source`.
 
-    weights  "int8", "int4": the decoder's linear layers are quantised; "auto": they stay as the checkpoint has them
+    weights  "int8", "int4", "int4-pure": linear layers are quantised; "auto": they stay as the checkpoint has them
              (also one that is quantised already), in the kernels' layout
     dtype    of the activations to pack for; "auto" is the checkpoint's
     Raises ConfigError, WeightsError or UnsupportedError; nothing that looks like a model is left behind then.

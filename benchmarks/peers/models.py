@@ -49,8 +49,7 @@ class DecoderSizes:
     def decode_bytes(self, width: str, depth: int) -> float:
         """Bytes that one token must read: the active weights, the head, and the keys and values of `depth` tokens."""
         head = (self.vocab, self.hidden)
-        # The head of an int4 model has 8 bits.
-        weights = matrix_bytes(self.active(), width) + matrix_bytes([head], "int8" if width == "int4" else width)
+        weights = matrix_bytes([*self.active(), head], width)
         cache = 2 * 2 * self.layers * self.kv_heads * self.head_dim * depth
         return weights + 2 * self.routers + cache
 

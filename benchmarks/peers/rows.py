@@ -14,7 +14,7 @@ STEPS = {"bf16": 12, "int8": 20, "int4": 28}
 SLOW_STEPS = 4
 GGUF = {"bf16": "bf16", "int8": "q8_0", "int4": "q4_0"}
 OPENVINO = {"bf16": "fp16", "int8": "int8", "int4": "int4"}
-OURS = {"bf16": "auto", "int8": "int8", "int4": "int4"}
+OURS = {"bf16": "auto", "int8": "int8", "int4": "int4-pure"}
 MAX_DEPTH = 4096
 GIB = 2**30
 
@@ -233,7 +233,7 @@ def encoder_row(width: str, goal: Goal) -> Row:
 # ---- Qwen3-30B-A3B ---------------------------------------------------------------------------------------------------
 def large_row() -> Row:
     request: dict[str, Any] = {"op": "decode", "depth": 0, "steps": 24}
-    ours = worker("ours", "ours", 18, model=QWEN3_30B.name, weights="int4", random_weights=True)
+    ours = worker("ours", "ours", 18, model=QWEN3_30B.name, weights="int4-pure", random_weights=True)
     llama = worker("llama_cpp", "peers", 18.5, f"{QWEN3_30B.name}-q4_0.gguf")
     return Row(
         id="30b-decode-0-int4",

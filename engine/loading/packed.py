@@ -17,6 +17,8 @@ from ..errors import ConfigError, WeightsError
 from .checkpoint import Checkpoint
 from .strict_json import shown
 
+DTYPE_CHOICES = ("float32", "bfloat16")
+WEIGHTS_CHOICES = ("auto", "int8", "int4", "int4-pure")
 KEY = "pagelens"
 VERSION = 1
 PREFIX = "packed."  # of the tensors; the rest of the name is the model's own name of the part
@@ -54,7 +56,7 @@ class PackedFolder:
     """What config.json says of a packed folder.
 
     dtype    "float32" or "bfloat16": of the activations that the weights were packed for
-    weights  "auto", "int8" or "int4": how they were quantised
+    weights  "auto", "int8", "int4" or "int4-pure": how they were quantised
     parts    by the model's name of a part: the entry of each of its packed tensors, PREFIX + name + "." + number
     """
 
@@ -76,7 +78,7 @@ def read_packed(config: Mapping[str, Any]) -> PackedFolder | None:
         fail("must be an object with the key parts")
     if raw.get("version") != VERSION:
         fail(f"version {shown(raw.get('version'))} is not the one that is read, {VERSION}")
-    if raw.get("dtype") not in ("float32", "bfloat16") or raw.get("weights") not in ("auto", "int8", "int4"):
+    if raw.get("dtype") not in DTYPE_CHOICES or raw.get("weights") not in WEIGHTS_CHOICES:
         fail(f"dtype {shown(raw.get('dtype'))} or weights {shown(raw.get('weights'))} is unknown")
     parts = {}
     for name, entries in raw["parts"].items():

@@ -20,18 +20,21 @@ from ..quantization import Weight, stack_rows
 
 Pack = Callable[[Ops, Sequence[Any]], Any]
 Shape = tuple[int, ...]
-QuantizeTo = Literal["int8", "int4"]
+QuantizeTo = Literal["int8", "int4", "int4-pure"]
 DECODER_PARTS = "decoder."  # how the targets of the decoder's parts begin
 HEAD_PART = "decoder.lm_head"
 
 
-def kind_on_load(quantize_to: QuantizeTo, spec: WeightSpec) -> QuantizeTo:
+def kind_on_load(quantize_to: QuantizeTo, spec: WeightSpec) -> Literal["int8", "int4"]:
     """What a linear layer becomes.
 
-    Two keep 8 bits: the output head, which is one layer and whose errors go straight into the choice of tokens, and the
-    vision towers, which multiply many rows, so that 4 bits would save no time and little memory.
+    Two keep 8 bits: the output head, which is one layer and whose errors go straight into the choice of tokens (but not
+    with "int4-pure"), and the vision towers, which multiply many rows, so that 4 bits would save no time and little
+    memory.
     """
-    return quantize_to if spec.target.startswith(DECODER_PARTS) and spec.target != HEAD_PART else "int8"
+    if quantize_to == "int8" or not spec.target.startswith(DECODER_PARTS):
+        return "int8"
+    return "int8" if spec.target == HEAD_PART and quantize_to == "int4" else "int4"
 
 
 @dataclass(frozen=True, slots=True)

@@ -89,7 +89,7 @@ SOURCES: dict[str, Callable[[Path], Path]] = {
 CASES = [
     (source, weights)
     for source in SOURCES
-    for weights in ("auto", "int8", "int4")
+    for weights in ("auto", "int8", "int4", "int4-pure")
     if weights == "auto" or list(SOURCES).index(source) < list(SOURCES).index("gptq, act-order")
 ]
 

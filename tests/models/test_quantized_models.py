@@ -176,21 +176,22 @@ def test_experts_that_differ(tmp_path: Path) -> None:
 
 # ---- quantised as they are read --------------------------------------------------------------------------------------
 @pytest.mark.parametrize("kind", ARCHITECTURES)
-@pytest.mark.parametrize("weights", ["int8", "int4"])
+@pytest.mark.parametrize("weights", ["int8", "int4", "int4-pure"])
 def test_quantised_on_load(weights: Any, kind: str, tmp_path: Path) -> None:
-    """The layers, and the head in 8 bits, by our own quantiser; not the table, the norms and the routers. Inputs are
-    rounded in groups of 64 (int8) and 32 (int4).
+    """The layers, and the head (in 8 bits but for int4-pure), by our own quantiser; not the table, the norms and the
+    routers. Inputs are rounded in groups of 64 (int8) and 32 (int4).
     """
+    layers, head = {"int8": ("int8", "int8"), "int4": ("int4", "int8"), "int4-pure": ("int4", "int4")}[weights]
     folder = save(make_oracle(ARCHITECTURES[kind]), tmp_path / "a")
     meant = load_file(folder / "model.safetensors")
     for name, tensor in meant.items():
         if name.endswith("_proj.weight") or name == "lm_head.weight":
-            meant[name] = quantize(tensor, "int8" if name == "lm_head.weight" else weights).float()
+            meant[name] = quantize(tensor, head if name == "lm_head.weight" else layers).float()  # type: ignore[arg-type]
     edit_json(folder / "config.json", quantization_config={})  # which load_oracle removes
     oracle = load_oracle(folder, meant, tmp_path / "b")
     edit_json(folder / "config.json", quantization_config=...)
     exact, plain = all_logits(oracle, IDS), all_logits(make_oracle(ARCHITECTURES[kind]), IDS)
-    with inputs_rounded(oracle, round_int8_groups({"int8": 64, "int4": 32}[weights]), round_int8_groups(64)):
+    with inputs_rounded(oracle, *(round_int8_groups({"int8": 64, "int4": 32}[kind]) for kind in (layers, head))):
         expected = all_logits(oracle, IDS)
     assert float(row_errors(plain, expected).max()) > 100 * SAME
     most = float(row_errors(exact, expected).max())  # what rounding all inputs changes, as in `check`

@@ -85,7 +85,7 @@ def test_a_page_is_its_views() -> None:
     assert count(tiled) - count(whole) == 6 * tile
 
 
-@pytest.mark.parametrize("weights", ["auto", "int8", "int4"])
+@pytest.mark.parametrize("weights", ["auto", "int8", "int4", "int4-pure"])
 @pytest.mark.parametrize("architecture", ["Qwen3ForCausalLM", "Qwen3MoeForCausalLM"])
 def test_bytes_of_a_token(architecture: str, weights: Any, tmp_path: Path) -> None:
     """The packed bytes themselves; whole panels of 32 rows, so a little more than the weights alone."""
@@ -98,7 +98,15 @@ def test_bytes_of_a_token(architecture: str, weights: Any, tmp_path: Path) -> No
         moe = decoder.config.moe
         router = 0 if moe is None else decoder.config.num_layers * moe.num_experts * decoder.config.hidden_size
         inner, head = layer_weights(decoder.config) - router, head_weights(decoder.config)
-        least = 4 * router + {"auto": size * (inner + head), "int8": inner + head, "int4": 0.5 * inner + head}[weights]
+        least = (
+            4 * router
+            + {
+                "auto": size * (inner + head),
+                "int8": inner + head,
+                "int4": 0.5 * inner + head,
+                "int4-pure": 0.5 * (inner + head),
+            }[weights]
+        )
         assert least <= found < 1.7 * least + 60_000
         assert decoder.rounds_inputs == (weights != "auto")
     finally:
