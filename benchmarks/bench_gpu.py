@@ -1,4 +1,5 @@
-"""Times every workload of the GPU kernels on the card at hand, beside what the same card copies and multiplies.
+"""Times every workload of the GPU kernels on the card at hand, beside what the same card copies and multiplies, and
+beside torch, and flash-attn, vLLM and SGLang's kernels where they are installed (gpu_peers.py).
 
     python benchmarks/bench_gpu.py [--dry-run] [--repeats N]        (make bench-gpu)
 
@@ -12,10 +13,14 @@ import argparse
 import json
 import platform
 import sys
-from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from gpu_peers import PEERS
 
 from pagelens import __version__
 from pagelens.errors import PagelensError
@@ -36,19 +41,19 @@ def probes(timer: Timer, repeats: int) -> tuple[float, float]:
     return 2 * PROBE_BYTES / seconds / 1e9, 2 * PROBE_SIDE**3 / product / 1e12
 
 
-def torch_call(workload: Workload, device: torch.device) -> Callable[[], Any] | None:
-    """The same work by torch, where it is one call of a library: 16-bit products and attention."""
-    parts = workload.name.split()
-    if workload.key == "linear":
-        rows, inner, outs = (int(v) for v in parts[1].split("x"))
-        x = torch.zeros((rows, inner), dtype=torch.bfloat16, device=device)
-        weight = torch.zeros((outs, inner), dtype=torch.bfloat16, device=device)
-        return lambda: torch.nn.functional.linear(x, weight)
-    if workload.key == "attention":
-        tokens, heads, head_dim = (int(v) for v in parts[1].split("x"))
-        q, k, v = torch.zeros((3, 1, heads, tokens, head_dim), dtype=torch.bfloat16, device=device)
-        return lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v)
-    return None
+def peer_times(workload: Workload, timer: Timer, repeats: int) -> dict[str, float | str]:
+    """Microseconds of each installed peer that does this work, or why it failed."""
+    found: dict[str, float | str] = {}
+    for peer in PEERS:
+        make = peer.calls.get(workload.key)
+        if make is None or peer.version is None:
+            continue
+        try:
+            found[peer.name] = 1e6 * timer.seconds(make(workload.sizes, timer.device), repeats)
+        except Exception as error:  # another version's interface, a card that it does not run on
+            reason = (str(error).strip().splitlines() or [""])[0]
+            found[peer.name] = f"failed: {type(error).__name__}: {reason[:100]}"
+    return found
 
 
 def measure(timer: Timer, repeats: int) -> dict[str, Any]:
@@ -57,15 +62,13 @@ def measure(timer: Timer, repeats: int) -> dict[str, Any]:
         rows = []
         for workload in WORKLOADS:
             seconds = timer.seconds(workload.make(timer.device), repeats)
-            other = torch_call(workload, timer.device)
-            theirs = timer.seconds(other, repeats) if other else None
             rows.append(
                 {
                     "workload": workload.name,
                     "us": 1e6 * seconds,
                     "percent_of_copy": 100 * workload.bytes / seconds / 1e9 / copy,
                     "percent_of_product": 100 * workload.flops / seconds / 1e12 / rate,
-                    "torch_us": None if theirs is None else 1e6 * theirs,
+                    "peers_us": peer_times(workload, timer, repeats),
                 }
             )
     real = timer.device.type == "cuda"
@@ -76,13 +79,18 @@ def measure(timer: Timer, repeats: int) -> dict[str, Any]:
         "copy_gb_s": copy,
         "product_tflop_s": rate,
         "repeats": repeats,
-        "versions": {"pagelens": __version__, "torch": torch.__version__, "python": platform.python_version()},
+        "versions": {"pagelens": __version__, "python": platform.python_version()},
+        "peers": {peer.name: peer.version for peer in PEERS},
         "rows": rows,
     }
 
 
+def describe(peers: dict[str, float | str]) -> str:
+    return ", ".join(f"{name} {us if isinstance(us, str) else f'{us:.1f}'}" for name, us in peers.items()) or "-"
+
+
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Times the GPU kernels beside their peers.")
     parser.add_argument("--dry-run", action="store_true", help="no card: exercise the code, print made-up times")
     parser.add_argument("--repeats", type=int, default=20)
     options = parser.parse_args(arguments)
@@ -93,11 +101,12 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     found = measure(timer, options.repeats)
     print(f"{found['card']}; copy {found['copy_gb_s']:.0f} GB/s, product {found['product_tflop_s']:.0f} TFLOP/s")
-    print(f"{'workload':48} {'us':>9} {'% copy':>7} {'% product':>9} {'torch us':>9}")
+    peers = [f"{name} {version or 'not installed'}" for name, version in found["peers"].items()]
+    print("peers: " + ", ".join(peers))
+    print(f"{'workload':48} {'us':>9} {'% copy':>7} {'% product':>9} peers, us")
     for row in found["rows"]:
-        theirs = "-" if row["torch_us"] is None else f"{row['torch_us']:.1f}"
         shares = f"{row['percent_of_copy']:7.1f} {row['percent_of_product']:9.1f}"
-        print(f"{row['workload']:48} {row['us']:9.1f} {shares} {theirs:>9}")
+        print(f"{row['workload']:48} {row['us']:9.1f} {shares} {describe(row['peers_us'])}")
     print(json.dumps(found))
     return 0
 

@@ -35,7 +35,8 @@ class EngineConfig:
     kv_cache_bytes    size of the paged KV-cache; None = room for max_num_seqs sequences, at most 1 GiB
     block_size        tokens a KV block
     kv_cache_dtype    "auto" keeps keys and values in the dtype of the activations; "int8" rounds each head's row to
-                      int8 with a float32 scale, which takes about half of the memory and of the reading
+                      int8 with a float32 scale, which takes about half of the memory and of the reading; not with
+                      backend "triton"
     weights           "auto" takes them as the checkpoint has them; "int8" (a scale a row) and "int4" (a scale for 32
                       inputs; the output head and the vision towers int8) quantise linear layers as they are read, and
                       round their inputs to int8 (a scale for 64, with int4 for 32 of them); "int4-pure" is "int4"
@@ -114,7 +115,11 @@ class EngineConfig:
         if self.dtype == "float16" and backend != "triton":
             raise ConfigError("dtype='float16' needs backend='triton', for device='cuda'; use 'bfloat16' or 'float32'")
         if self.kv_cache_dtype == "int8" and backend == "triton":
-            raise ConfigError("kv_cache_dtype='int8' needs backend='native' or 'reference'; use 'auto' with 'triton'")
+            asked = "device='cuda'" if self.device == "cuda" else "backend='triton'"
+            raise ConfigError(
+                f"kv_cache_dtype='int8' does not go with {asked}: the GPU kernels read a cache in the dtype of the "
+                "activations only; use kv_cache_dtype='auto', or device='cpu' with backend='native'"
+            )
         return replace(self, backend=backend)
 
     def with_options(self, **options: object) -> EngineConfig:

@@ -27,6 +27,7 @@ class Workload:
     bytes     read and written at least once; flops: of the products; products: must run on tensor cores
     rows      a block of BLOCK_M rows reads row_operand bytes (weights, or keys and values); cols and col_operand the
               same of BLOCK_N columns (activations). 0 where that means nothing
+    sizes     what the call is made of, for whoever does the same work by other means
     """
 
     key: str
@@ -40,6 +41,7 @@ class Workload:
     row_operand: int = 0
     cols: int = 0
     col_operand: int = 0
+    sizes: dict[str, int] = field(default_factory=dict)
 
 
 def dense(n: int, k: int, device: torch.device, experts: int = 1) -> Matrix:
@@ -73,7 +75,8 @@ def linear_work(rows: int, k: int, n: int, when: dict[str, int], kind: str = "de
     key = "linear" if kind == "dense" else f"linear_{kind.split()[0]}"
     name = "linear" if kind == "dense" else f"linear_{kind}"
     operands = {"rows": rows, "row_operand": int(n * k * per_weight), "cols": n, "col_operand": 2 * rows * k}
-    return Workload(key, f"{name} {rows}x{k}x{n}", make, moved, 2 * rows * n * k, when, **operands)
+    sizes = {"rows": rows, "k": k, "n": n}
+    return Workload(key, f"{name} {rows}x{k}x{n}", make, moved, 2 * rows * n * k, when, **operands, sizes=sizes)
 
 
 def attention_work() -> Workload:
@@ -86,9 +89,9 @@ def attention_work() -> Workload:
         return lambda: attention(qkv, heads)
 
     moved, flops = 8 * tokens * heads * d, 4 * tokens**2 * heads * d
-    return Workload(
-        "attention", "attention 257x16x64", make, moved, flops, rows=tokens, row_operand=4 * tokens * heads * d
-    )
+    operands = {"rows": tokens, "row_operand": 4 * tokens * heads * d}
+    sizes = {"tokens": tokens, "heads": heads, "d": d}
+    return Workload("attention", "attention 257x16x64", make, moved, flops, **operands, sizes=sizes)
 
 
 def window_work(window: int, when: dict[str, int]) -> Workload:
@@ -107,7 +110,8 @@ def window_work(window: int, when: dict[str, int]) -> Workload:
     flops = 4 * padded**2 * size**2 * heads * d + 4 * padded**2 * 2 * (2 * size - 1) * heads * d
     name = f"window_attention {grid} window {window}"
     moved, operand = 8 * grid**2 * heads * d, 4 * padded**2 * heads * d
-    return Workload("window_attention", name, make, moved, flops, when, rows=size**2, row_operand=operand)
+    sizes = {"grid": grid, "window": window, "heads": heads, "d": d}
+    return Workload("window_attention", name, make, moved, flops, when, rows=size**2, row_operand=operand, sizes=sizes)
 
 
 def conv_work(grid: int, channels: int, outs: int, size: int, stride: int, when: dict[str, int]) -> Workload:
@@ -127,7 +131,9 @@ def conv_work(grid: int, channels: int, outs: int, size: int, stride: int, when:
     key = "conv_norm" if stride == 1 else "conv"
     row_operand, col_operand = (2 * size**2 * channels * count for count in (outs, side**2))
     operands = {"rows": side**2, "row_operand": row_operand, "cols": outs, "col_operand": col_operand}
-    return Workload(key, f"{key} {grid} {size}x{size} {channels}-{outs}", make, moved, flops, when, **operands)
+    sizes = {"grid": grid, "channels": channels, "outs": outs, "size": size, "stride": stride}
+    name = f"{key} {grid} {size}x{size} {channels}-{outs}"
+    return Workload(key, name, make, moved, flops, when, **operands, sizes=sizes)
 
 
 def patch_work() -> Workload:
@@ -143,7 +149,8 @@ def patch_work() -> Workload:
     rows, k = (side // patch) ** 2, 3 * patch**2
     moved = 2 * (3 * side**2 + width * k + rows * width)
     operands = {"rows": rows, "row_operand": 2 * width * k, "cols": width, "col_operand": 2 * rows * k}
-    return Workload("patch_embed", f"patch_embed {side}", make, moved, 2 * rows * k * width, **operands)
+    sizes = {"side": side, "patch": patch, "width": width}
+    return Workload("patch_embed", f"patch_embed {side}", make, moved, 2 * rows * k * width, **operands, sizes=sizes)
 
 
 def paged_tensors(sequences: int, context: int, kv_heads: int, d: int, device: torch.device) -> tuple[Tensor, ...]:
@@ -173,7 +180,8 @@ def paged_work(rows: int, context: int, heads: int, kv_heads: int, decodes: bool
     when = {"group": 1} if heads == kv_heads else {}
     operands = {"rows": new * heads // kv_heads, "row_operand": 4 * pairs // new * kv_heads * d}
     name = f"{key} {context} {heads}of{kv_heads}x{d}"
-    return Workload(key, name, make, moved, 4 * pairs * heads * d, when, **operands)
+    sizes = {"new": new, "context": context, "heads": heads, "kv_heads": kv_heads, "d": d}
+    return Workload(key, name, make, moved, 4 * pairs * heads * d, when, **operands, sizes=sizes)
 
 
 def routing_work(tokens: int, experts: int, top_k: int, when: dict[str, int]) -> Workload:
@@ -185,7 +193,8 @@ def routing_work(tokens: int, experts: int, top_k: int, when: dict[str, int]) ->
 
     moved = 4 * tokens * experts + 12 * tokens * top_k
     name = f"moe_routing {tokens}x{experts} top {top_k}"
-    return Workload("moe_routing", name, make, moved, 0, when, products=False)
+    sizes = {"tokens": tokens, "experts": experts, "top_k": top_k}
+    return Workload("moe_routing", name, make, moved, 0, when, products=False, sizes=sizes)
 
 
 def experts_work(tokens: int, when: dict[str, int]) -> Workload:
@@ -209,7 +218,8 @@ def experts_work(tokens: int, when: dict[str, int]) -> Workload:
     name = f"grouped_gemm {tokens} tokens, {count} experts, top {top_k}"
     flops = 6 * tokens * top_k * width * inner
     operands = {"rows": -(-tokens * top_k // used), "row_operand": 6 * used * width * inner}
-    return Workload("grouped_gemm", name, make, moved, flops, when, **operands)
+    sizes = {"tokens": tokens, "width": width, "inner": inner, "experts": count, "top_k": top_k}
+    return Workload("grouped_gemm", name, make, moved, flops, when, **operands, sizes=sizes)
 
 
 def rope_work() -> Workload:
@@ -240,7 +250,8 @@ def norm_work(rows: int, width: int, layer: bool) -> Workload:
         return lambda: layer_norm(x, weight, weight, 1e-6) if layer else rms_norm(x, weight, 1e-6)
 
     key = "layer_norm" if layer else "rms_norm"
-    return Workload(key, f"{key} {rows}x{width}", make, 4 * rows * width + 4 * width, 0, products=False)
+    moved, sizes = 4 * rows * width + 4 * width, {"rows": rows, "width": width}
+    return Workload(key, f"{key} {rows}x{width}", make, moved, 0, products=False, sizes=sizes)
 
 
 def sample_work(vocab: int) -> Workload:
@@ -275,7 +286,8 @@ def embedding_work() -> Workload:
         ids = torch.zeros(1, dtype=I32, device=device)
         return lambda: embedding(ids, table)
 
-    return Workload("embedding", f"embedding 1x{width}", make, 4 * width, 0, products=False)
+    sizes = {"vocab": vocab, "width": width}
+    return Workload("embedding", f"embedding 1x{width}", make, 4 * width, 0, products=False, sizes=sizes)
 
 
 # DeepSeek-OCR (1,280 wide, 10 heads of 128) and Qwen3-30B-A3B (2,048 wide, 32 heads of 128 over 4).

@@ -8,6 +8,7 @@ import pytest
 import torch
 from helpers.tiny_models import DECODER
 
+from pagelens import LLM
 from pagelens.config import EngineConfig
 from pagelens.errors import ConfigError
 from pagelens.runtime.kv_cache import allocate, block_bytes, plan_num_blocks
@@ -58,3 +59,18 @@ def test_what_cannot_be_is_refused() -> None:
         INT8.with_options(kv_cache_dtype="int4").resolve()
     with pytest.raises(ConfigError, match=r"head size that is a multiple of 4, and the model's is 22; use .*'auto'"):
         plan_num_blocks(INT8, replace(DECODER, head_dim=22), torch.bfloat16, 512)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [({"device": "cuda"}, "device='cuda'"), ({"backend": "triton"}, "backend='triton'")],
+    ids=["cuda", "triton"],
+)
+def test_the_gpu_kernels_have_no_int8_cache(options: dict[str, str], named: str) -> None:
+    """One line that names both options and the remedy, before a model is looked for."""
+    with pytest.raises(ConfigError) as caught:
+        LLM("no/such/model", kv_cache_dtype="int8", **options)
+    message = str(caught.value)
+    assert f"kv_cache_dtype='int8' does not go with {named}" in message
+    assert "use kv_cache_dtype='auto', or device='cpu' with backend='native'" in message
+    assert "\n" not in message

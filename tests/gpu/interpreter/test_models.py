@@ -4,36 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pytest
+from gpu.model_runs import QWEN3_MOE, ROUNDING, Answer, differences, generate, tokens_of
 
 from pagelens import LLM, Reader, SamplingParams
 
 SAMPLES = Path(__file__).resolve().parents[3] / "engine" / "assets" / "samples"
-QWEN3_MOE: dict[str, Any] = {
-    "model_type": "qwen3_moe",
-    "architectures": ["Qwen3MoeForCausalLM"],
-    "vocab_size": 96,
-    "hidden_size": 64,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-    "intermediate_size": 96,
-    "max_position_embeddings": 128,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 1e6,
-    "tie_word_embeddings": False,
-    "num_experts": 8,
-    "num_experts_per_tok": 3,
-    "moe_intermediate_size": 32,
-    "norm_topk_prob": True,
-    "decoder_sparse_step": 1,
-    "mlp_only_layers": [],
-    "hidden_act": "silu",
-    "torch_dtype": "float32",
-}
 PROMPTS = [[5, 17, 3, 80, 41, 9, 2], [11, 12], list(range(20, 50))]
 
 
@@ -53,9 +32,10 @@ def test_the_builtin_reader(dtype: str, tokens: int) -> None:
     assert expected[0].strip()
 
 
-def answer(folder: Path, sampling: SamplingParams, **options: Any) -> list[list[int]]:
-    with LLM(folder, random_weights=3, max_num_seqs=3, max_batch_tokens=24, block_size=4, **options) as llm:
-        return [output.outputs[0].token_ids for output in llm.generate(PROMPTS, sampling)]
+def answers(folder: Path, sampling: SamplingParams, **options: Any) -> list[Answer]:
+    """Three prompts together, one of them in chunks beside decodes."""
+    sizes = {"max_num_seqs": 3, "max_batch_tokens": 24, "block_size": 4, "dtype": "float32"}
+    return generate(folder, PROMPTS, sampling, **sizes, **options)
 
 
 @pytest.fixture(scope="module")
@@ -65,23 +45,35 @@ def qwen3_moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-GREEDY = SamplingParams(max_tokens=6)
-FIRST = SamplingParams(max_tokens=1)
-DRAWN = SamplingParams(max_tokens=6, temperature=0.8, top_k=20, top_p=0.9, seed=1)
+GREEDY = SamplingParams(max_tokens=8)
+DRAWN = SamplingParams(max_tokens=8, temperature=0.8, top_k=20, top_p=0.9, seed=1)
+STEPS_OF_INPUTS = 0.2  # of logits of about 1, where an input is rounded to the other side of a step; seen: 0.06
 
 
 @pytest.mark.filterwarnings("ignore:.*interpreter:RuntimeWarning")
-@pytest.mark.parametrize(("weights", "sampling"), [("auto", GREEDY), ("auto", DRAWN), ("int8", FIRST), ("int4", FIRST)])
-def test_a_tiny_qwen3_moe(weights: str, sampling: SamplingParams, qwen3_moe: Path) -> None:
-    """Three prompts together, one of them in chunks beside decodes.
+@pytest.mark.parametrize("sampling", [GREEDY, DRAWN], ids=["greedy", "drawn"])
+def test_a_tiny_qwen3_moe(sampling: SamplingParams, qwen3_moe: Path) -> None:
+    """8 tokens each, all the same."""
+    found, expected = (answers(qwen3_moe, sampling, backend=name) for name in ("triton", "reference"))
+    assert tokens_of(found) == tokens_of(expected)
+    assert max(differences(found, expected)) < ROUNDING
 
-    Of quantised weights the first token only: where two sums fall on different sides of a step of the rounded inputs,
-    all that follows shifts by it, and on a random model's flat distribution that can decide (a drawn second token did).
+
+@pytest.mark.filterwarnings("ignore:.*interpreter:RuntimeWarning")
+@pytest.mark.parametrize(("weights", "sampling"), [("int8", DRAWN), ("int4", GREEDY)])
+def test_a_quantised_tiny_qwen3_moe(weights: str, sampling: SamplingParams, qwen3_moe: Path) -> None:
+    """8 tokens each, the same but for near-ties; see differences().
+
+    Inputs are rounded to whole numbers: where one is 35.49999 by one order of adding and 35.50002 by another, a step of
+    it goes through all that follows (docs/log.md; once here, in the longest prompt). Most logits must still agree to
+    float32's rounding, and all within what such a step comes to.
     """
-    options: dict[str, Any] = {"weights": weights, "dtype": "float32"}
-    assert answer(qwen3_moe, sampling, backend="triton", **options) == answer(
-        qwen3_moe, sampling, backend="reference", **options
-    )
+    found, expected = (answers(qwen3_moe, sampling, backend=b, weights=weights) for b in ("triton", "reference"))
+    assert [steps[0].token for steps in found] == [steps[0].token for steps in expected]
+    seen = differences(found, expected)
+    assert len(seen) > 16
+    assert median(seen) < ROUNDING
+    assert max(seen) < STEPS_OF_INPUTS
 
 
 @pytest.mark.filterwarnings("ignore:.*interpreter:RuntimeWarning")
