@@ -144,7 +144,7 @@ class DeepseekOcr:
     ) -> None:
         self.config, self.dtype, self.ops = config, dtype, ops
         self._towers = towers
-        self._scratch = Workspace()
+        self._scratch = Workspace(ops.device)
         self._encoder = self._new_encoder(packed) if towers is None else None
         self.layout: Layout = NewlineLayout(packed["image_newline"], packed["view_separator"])
         self.decoder = Decoder(config.decoder, packed, ops)

@@ -105,8 +105,8 @@ class TritonOps(TritonVision):
         """x [..., C] and out as [rows, C]."""
         for weight in weights:
             self._vector(op, "weight", weight, x.shape[-1], x.dtype)
-        if out is not None and (out.shape != x.shape or out.dtype != x.dtype):
-            refuse(op, "out must be like x", out, x)
+        if out is not None and (out.shape != x.shape or out.dtype != x.dtype or not self._is_here(out)):
+            refuse(op, f"out must be like x, on {self.device}", out, x)
         if x.ndim != 2 and not (x.is_contiguous() and (out is None or out.is_contiguous())):
             refuse(op, "x and out must be contiguous unless they have two axes", x)
         width = x.shape[-1]
