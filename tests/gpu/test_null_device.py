@@ -1,8 +1,8 @@
 """Whole models on a device without memory: every tensor that an op gets lies there, and nothing is read back unasked.
 
-A CPU cannot show a tensor on the wrong side, as there is one side only. Tensors of torch's meta device can: an op with a
-tensor of the host among them is refused, and reading from one raises. Only what a pass may read back (rows of logits,
-hidden states, token ids) has a stand-in.
+A CPU cannot show a tensor on the wrong side, as there is one side only. Tensors of torch's meta device can: an op with
+a tensor of the host among them is refused, and reading from one raises. Only the token ids that a pass may read back
+have a stand-in.
 """
 
 from __future__ import annotations
@@ -91,3 +91,20 @@ def test_tensors_of_the_host_are_refused() -> None:
     for call in calls:
         with pytest.raises(ShapeError):
             call()
+
+
+def test_a_step_makes_the_models_gpu_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine's thread begins with GPU 0, wherever the model is."""
+    from contextlib import nullcontext
+
+    from pagelens import core
+
+    asked: list[torch.device] = []
+
+    def record(device: torch.device) -> Any:
+        asked.append(device)
+        return nullcontext()
+
+    monkeypatch.setattr(core, "on_device", record)
+    assert answers(5, SamplingParams(max_tokens=3)) == [TOKEN] * 3
+    assert asked == [NULL] * 3
