@@ -14,6 +14,7 @@ import torch
 from .config import DecoderConfig, EngineConfig, TextModelConfig
 from .errors import ConfigError
 from .inputs import InputBuilder, Request
+from .ops.devices import on_device, wait_for
 from .pooling import NO_HEAD, find_judges
 from .runtime.answer import Answer
 from .runtime.batch import BatchBuilder
@@ -67,6 +68,7 @@ class Engine:
         num_blocks = plan_num_blocks(config, decoder, dtype, self.max_model_len)
         ops: Any = getattr(model, "ops", None)
         device = torch.device("cpu") if ops is None else ops.device
+        self._device = device
         kv = allocate(decoder, dtype, num_blocks, config.block_size, config.kv_cache_dtype, device)
         pool = BlockPool(num_blocks, config.block_size)
         cache = PrefixCache(pool) if config.prefix_cache else None
@@ -135,6 +137,10 @@ class Engine:
         Returns the requests that got a token or ended. An error of one request ends that request only (`state.error`).
         An error of the pass itself is raised; the requests are then still queued, and the caller decides.
         """
+        with on_device(self._device):
+            return self._step()
+
+    def _step(self) -> list[RequestState]:
         schedule = self.scheduler.schedule()
         if self._preprocessing is not None:
             self._look_ahead(self._preprocessing)
@@ -142,6 +148,8 @@ class Engine:
         if schedule:
             started = time.perf_counter()
             logits, hidden = self.runner.run(self.batches.build(schedule))
+            if len(schedule) < sum(chunk.count for chunk in schedule):
+                wait_for(self._device)  # a prompt's pass is timed; after a decode the tokens are waited for
             seconds = time.perf_counter() - started
             for state in dict.fromkeys(self._answers[chunk.sequence][0] for chunk in schedule):
                 state.count_pass(seconds)
@@ -348,7 +356,12 @@ def build_engine(config: EngineConfig) -> Engine:
         if not config.low_memory:
             files.close()  # views of the mapped files stay valid
         return Engine(config, model, dtype, tokenizer, (ops, files), description, rows)
-    except BaseException:
+    except BaseException as error:
         files.close()
         ops.close()
+        if isinstance(error, torch.OutOfMemoryError):
+            raise ConfigError(
+                f"model={config.model!r} and its cache do not fit into the GPU's memory "
+                f"({str(error).splitlines()[0]}); use weights='int8' or 'int4', or a smaller kv_cache_bytes"
+            ) from error
         raise

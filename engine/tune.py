@@ -16,9 +16,11 @@ from typing import Any, Protocol
 
 import torch
 
+from .errors import UnsupportedError
 from .ops.devices import find_device
 
 FLUSH_BYTES = 256 << 20  # more than the second cache of any card
+FLUSHES = 4  # of about 0.1 ms each: the host has handed the call over before the card comes to it
 
 
 class Timer(Protocol):
@@ -29,6 +31,9 @@ class Timer(Protocol):
 
     def seconds(self, call: Callable[[], object], repeats: int) -> float:
         """The median time of a call."""
+
+    def check(self) -> None:
+        """After a call that failed: raises UnsupportedError if all calls will fail from then on."""
 
     def trying(self) -> Any:
         """A context in which kernels may be called."""
@@ -49,7 +54,8 @@ class CudaTimer:
             call()
         times: list[float] = []
         for _ in range(repeats):
-            self.flush.zero_()
+            for _ in range(FLUSHES):
+                self.flush.zero_()
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
             start.record()  # type: ignore[no-untyped-call]
             call()
@@ -57,6 +63,14 @@ class CudaTimer:
             end.synchronize()
             times.append(float(start.elapsed_time(end)) / 1e3)
         return median(times)
+
+    def check(self) -> None:
+        try:
+            torch.cuda.synchronize(self.device)
+        except RuntimeError as error:
+            raise UnsupportedError(
+                f"the card failed and can do nothing more in this process: {first_line(error)}"
+            ) from error
 
     @contextmanager
     def trying(self) -> Iterator[None]:
@@ -78,6 +92,8 @@ class DryTimer:
         for _ in range(repeats):
             call()
         return 1e-6 * (1 + len(self.counter.names) - before) / repeats
+
+    def check(self) -> None: ...
 
     @contextmanager
     def trying(self) -> Iterator[None]:
@@ -103,8 +119,12 @@ class Trial:
         return f"{name}: {self.failure or f'{1e6 * self.seconds:.1f} us'}"
 
 
+def first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def tune(timer: Timer, repeats: int = 20, report: Callable[[str], None] = print) -> dict[str, Any]:
-    """The contents of the target's file, measured."""
+    """The contents of the target's file, measured. Raises UnsupportedError if the card fails."""
     from .kernels.candidates import candidates
     from .kernels.launch import Config
     from .kernels.tuning import forced_config
@@ -120,8 +140,8 @@ def tune(timer: Timer, repeats: int = 20, report: Callable[[str], None] = print)
             with timer.trying(), forced_config(key, config):
                 return Trial(config.options, config.sizes, sum(timer.seconds(call, repeats) for call in calls))
         except (RuntimeError, ValueError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            return Trial(config.options, config.sizes, 0.0, f"does not run: {reason[:80]}")
+            timer.check()
+            return Trial(config.options, config.sizes, 0.0, f"does not run: {first_line(error)[:80]}")
         except Exception as error:
             if not type(error).__module__.startswith("triton"):
                 raise

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import Config, start
-from .tuning import choose
+from .tuning import choose, fitted
 
 DEFAULT = Config.make(num_warps=4, num_stages=2, BLOCK_M=64, BLOCK_N=64)
 
@@ -69,11 +69,14 @@ def attention(qkv: Tensor, num_heads: int, out: Tensor | None = None) -> Tensor:
     if out is None:
         out = torch.empty((batch, tokens, channels), dtype=qkv.dtype, device=qkv.device)
     config = choose("attention", qkv.device, DEFAULT, tokens=tokens, head_dim=head_dim)
+    padded = max(16, triton.next_power_of_2(head_dim))
+    for operand in ("BLOCK_N", "BLOCK_M"):  # keys and queries are as wide as each other
+        config = fitted(config, qkv.device, operand, padded * qkv.element_size() // (64 * 2))
     start(
         attention_kernel,
         (-(-tokens // config.sizes["BLOCK_M"]), num_heads, batch),
         (qkv, out, head_dim**-0.5, tokens, channels),
-        {"D": head_dim, "D_PAD": max(16, triton.next_power_of_2(head_dim))},
+        {"D": head_dim, "D_PAD": padded},
         config,
     )
     return out

@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import Config, start
-from .tuning import choose
+from .tuning import choose, fitted
 
 DEFAULT = Config.make(num_warps=4, num_stages=3, BLOCK_M=64, BLOCK_N=64, BLOCK_K=64)
 DEFAULT_NORM = Config.make(num_warps=8, num_stages=2, BLOCK_M=32, BLOCK_N=256, BLOCK_K=32)
@@ -103,6 +103,7 @@ def convolve(x: Tensor, weight: Tensor, stride: int, norm: tuple[Tensor, Tensor]
     rows = batch * side * side
     kernel, default = ("conv", DEFAULT) if norm is None else ("conv_norm", DEFAULT_NORM)
     config = choose(kernel, x.device, default, rows=rows, out=outs, inner=channels)
+    config = fitted(config, x.device, "BLOCK_K", x.element_size() // 2)
     block_n = config.sizes["BLOCK_N"] if norm is None else max(16, triton.next_power_of_2(outs))
     start(
         conv_kernel,

@@ -26,7 +26,7 @@ from .launch import Config, start
 from .matrix import Matrix
 from .round_rows import round_rows
 from .tiles import activate, dense_tile, quantized_tile, swiglu
-from .tuning import choose
+from .tuning import choose, fitted
 
 DEFAULT = Config.make(num_warps=4, num_stages=3, BLOCK_M=64, BLOCK_N=64, BLOCK_K=64, SPLIT_K=1)
 GROUP_OF_ROWS = 8
@@ -164,7 +164,8 @@ REDUCE = Config.make(num_warps=4, num_stages=1, BLOCK_M=1, BLOCK_N=256)
 
 
 def block_constants(weight: Matrix, config: Config) -> tuple[dict[str, Any], Config]:
-    """The constants of a weight's format, and the configuration with a BLOCK_K that fits it."""
+    """The constants of a weight's format, and the configuration with a BLOCK_K that fits it and its dtype."""
+    config = fitted(config, weight.device, "BLOCK_K", weight.dtype.itemsize // 2)
     block_k = config.sizes["BLOCK_K"]
     group = max(weight.group, 1)
     if weight.format == "int4":

@@ -117,10 +117,12 @@ def moe_permute_kernel(
     e = tl.arange(0, E_PAD)
     before = tl.zeros((E_PAD,), tl.int32)
     counts = tl.zeros((E_PAD,), tl.int32)
-    for other in range(tiles):
-        count = tl.load(COUNTS + other * E + e, mask=e < E, other=0)
-        counts += count
-        before += tl.where(other < tile, count, 0)
+    for first in range(0, tiles, BLOCK_T):
+        other = first + tl.arange(0, BLOCK_T)
+        mask = (other < tiles)[:, None] & (e < E)[None, :]
+        count = tl.load(COUNTS + other[:, None] * E + e[None, :], mask=mask, other=0)
+        counts += tl.sum(count, 0)
+        before += tl.sum(tl.where((other < tile)[:, None], count, 0), 0)
     chosen = tl.zeros((BLOCK_T, E_PAD), tl.int32)
     order = tl.zeros((BLOCK_T, E_PAD), tl.int32)
     for j in tl.static_range(TOP_K):

@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import Config, start
-from .tuning import choose
+from .tuning import choose, fitted
 
 DEFAULT = Config.make(num_warps=4, num_stages=2, BLOCK_M=64, BLOCK_N=64, SPLITS=1)
 DEFAULT_DECODE = Config.make(num_warps=4, num_stages=3, BLOCK_M=16, BLOCK_N=64, SPLITS=8)
@@ -172,6 +172,10 @@ def paged_attention(
     decodes = tokens == sequences
     kernel, default = ("paged_attention_decode", DEFAULT_DECODE) if decodes else ("paged_attention", DEFAULT)
     config = choose(kernel, q.device, default, rows=tokens, head_dim=head_dim, group=group)
+    padded = max(16, triton.next_power_of_2(head_dim))
+    excess = padded * q.element_size() // (128 * 2)
+    for operand in ("BLOCK_N", "BLOCK_M"):  # keys and queries are as wide as each other
+        config = fitted(config, q.device, operand, excess)
     block_m = max(config.sizes["BLOCK_M"], triton.next_power_of_2(group))
     config = Config({**config.sizes, "BLOCK_M": block_m}, config.options)
     splits = config.sizes["SPLITS"]
@@ -183,7 +187,6 @@ def paged_attention(
     tiles = tokens // (block_m // group) + sequences
     indices = (block_tables, query_starts, context_lens)
     strides = q.stride(0), out.stride(0), block_tables.stride(0), keys.stride(0)
-    padded = max(16, triton.next_power_of_2(head_dim))
     start(
         paged_attention_kernel,
         (tiles, num_kv_heads, splits),

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .launch import Config, start
 from .matrix import Matrix
-from .tuning import choose
+from .tuning import choose, fitted
 
 DEFAULT = Config.make(num_warps=4, num_stages=3, BLOCK_M=64, BLOCK_N=64, BLOCK_K=64)
 
@@ -64,6 +64,7 @@ def patch_embed(pixels: Tensor, weight: Matrix, patch_size: int) -> Tensor:
     out = torch.empty((batch, grid, grid, weight.n), dtype=pixels.dtype, device=pixels.device)
     rows = batch * grid * grid
     config = choose("patch_embed", pixels.device, DEFAULT, rows=rows, out=weight.n, inner=weight.k)
+    config = fitted(config, pixels.device, "BLOCK_K", pixels.element_size() // 2)
     start(
         patch_embed_kernel,
         (-(-rows // config.sizes["BLOCK_M"]), -(-weight.n // config.sizes["BLOCK_N"])),

@@ -61,6 +61,6 @@ def round_rows(x: Tensor, weight: Matrix) -> tuple[Tensor, Tensor | None]:
         (m, groups),
         (x, values, scales, k, x.stride(0), values.stride(0), groups),
         {"GROUP": group, "KIND": weight.rounding, "BLOCK": block},
-        Config.make(num_warps=1 if block <= 256 else 4, num_stages=1),
+        Config.make(num_warps=1 if block <= 256 else min(16, max(4, block // 1024)), num_stages=1),
     )
     return values, scales

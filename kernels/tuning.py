@@ -2,7 +2,9 @@
 
 A file is {"target": ..., "kernels": {kernel: [rule, ...]}}; a rule is {"when": {size: limit, ...}, "num_warps": ...,
 "num_stages": ..., "BLOCK_M": ..., ...}. The first rule counts whose sizes are all at most their limits; a rule without
-"when" always counts. A target without a file, and a kernel without a rule, use the defaults beside the kernel.
+"when" always counts. A target without a file uses that of a relative (LIKE) with as much shared memory; without one,
+and for a kernel without a rule, the defaults beside the kernel count.
+Rules are for activations of 16 bits and the usual head sizes; `fitted` makes tiles smaller for wider ones.
 Targets: sm_80 and so on (NVIDIA's compute capability), gfx942 and so on (AMD), "interpreter" (CPU tensors).
 """
 
@@ -20,6 +22,10 @@ import torch
 from .launch import Config
 
 FOLDER = Path(__file__).parent / "configs"
+LIKE = {
+    **{"sm_86": "sm_89", "sm_87": "sm_80", "sm_103": "sm_100", "sm_121": "sm_120"},
+    **{"gfx90a": "gfx942", "gfx950": "gfx942"},
+}
 _forced: str | None = None
 _OPTIONS = ("num_warps", "num_stages")
 
@@ -65,8 +71,10 @@ def target_of(device: torch.device) -> str:
 
 @cache
 def load_rules(target: str) -> dict[str, list[tuple[dict[str, int], Config]]]:
-    """Rules of a target by kernel; {} if it has no file."""
+    """Rules of a target, or of its relative, by kernel; {} if neither has a file."""
     path = FOLDER / f"{target}.json"
+    if not path.is_file() and target in LIKE:
+        path = FOLDER / f"{LIKE[target]}.json"
     if not path.is_file():
         return {}
     kernels: dict[str, list[dict[str, Any]]] = json.loads(path.read_text(encoding="utf-8"))["kernels"]
@@ -88,3 +96,22 @@ def choose(kernel: str, device: torch.device, default: Config, **sizes: int) -> 
         if all(sizes[name] <= limit for name, limit in when.items()):
             return Config({**default.sizes, **config.sizes}, {**default.options, **config.options})
     return default
+
+
+def fitted(config: Config, device: torch.device, operand: str, excess: int) -> Config:
+    """The configuration for operands that are `excess` times as wide as those it was chosen for, in as much memory.
+
+    operand  the tile size that shared memory grows with: it is halved as often as `excess` doubles, down to 16; what is
+             left is taken from the stages
+    Interpreted kernels need no memory of a device.
+    """
+    if excess <= 1 or (_forced or target_of(device)) == "interpreter":
+        return config
+    sizes, options = dict(config.sizes), dict(config.options)
+    while excess > 1:
+        if sizes[operand] > 16:
+            sizes[operand] //= 2
+        else:
+            options["num_stages"] = max(1, options["num_stages"] // 2)
+        excess //= 2
+    return Config(sizes, options)

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from .launch import Config, start
 from .tiles import dot_exact
-from .tuning import choose
+from .tuning import choose, fitted
 
 DEFAULT = Config.make(num_warps=4, num_stages=2, BLOCK_M=64, BLOCK_N=64)
 
@@ -144,7 +144,12 @@ def window_attention(
         out = torch.empty((batch, grid, grid, channels), dtype=qkv.dtype, device=qkv.device)
     across = -(-grid // size) if size else 0
     config = choose("window_attention", qkv.device, DEFAULT, window=size, head_dim=head_dim)
-    w_pad = triton.next_power_of_2(size)
+    w_pad, padded = triton.next_power_of_2(size), max(16, triton.next_power_of_2(head_dim))
+    # A whole row of a window is at least as long as w_pad: the queries give way.
+    wide = padded * qkv.element_size() // (64 * 2) * max(1, w_pad // 64)
+    config = fitted(config, qkv.device, "BLOCK_M", wide if w_pad <= 64 else 2 * wide)
+    if w_pad > 64:  # two such blocks of keys and of values do not fit into 64 KiB
+        config = Config(config.sizes, {**config.options, "num_stages": 1})
     block_n = max(config.sizes["BLOCK_N"], w_pad, 16)
     start(
         window_attention_kernel,
@@ -155,7 +160,7 @@ def window_attention(
             "W_PAD": w_pad,
             "HAS_PAD": grid % size != 0,
             "D": head_dim,
-            "D_PAD": max(16, triton.next_power_of_2(head_dim)),
+            "D_PAD": padded,
         },
         Config({**config.sizes, "BLOCK_N": block_n}, config.options),
     )

@@ -27,11 +27,12 @@ def new_buffer(count: int, dtype: torch.dtype, device: torch.device | str = "cpu
 class Workspace:
     """Hands out views of buffers that grow when a larger shape is asked for and do not shrink before `clear`.
 
-    A view is valid until the same name is taken again. One workspace serves one forward pass at a time.
+    A view is valid until the same name is taken again. One workspace serves one forward pass at a time. On a device
+    buffers grow to powers of two, as whatever was recorded there must be recorded anew when one moves.
     """
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
-        self._device = device
+        self._device = torch.device(device)
         self._buffers: dict[tuple[str, torch.dtype], Tensor] = {}
         self._views: dict[tuple[str, torch.dtype], Tensor] = {}
         self.generation = 0  # changes whenever a buffer moved: addresses taken before are no longer good
@@ -48,7 +49,8 @@ class Workspace:
             self._views.pop(key, None)
             self._buffers.pop(key, None)  # first: not both at once
             del buffer, view
-            buffer = new_buffer(count, dtype, self._device)
+            room = count if self._device.type == "cpu" else 1 << (max(count, 1) - 1).bit_length()
+            buffer = new_buffer(room, dtype, self._device)
             self._buffers[key] = buffer
             self.generation += 1
         view = buffer[:count].view(shape)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..errors import ShapeError, UnsupportedError
 from . import Activation, OpCase, RopeTable, Routing
-from .triton_graphs import GraphProgram
+from .triton_graphs import GraphMemory, GraphProgram
 from .triton_packing import DTYPES, PackedLinear, PackedMoe, PackedSwiglu, refuse
 from .triton_sampling import DeviceSampling
 from .triton_vision import TritonVision
@@ -47,6 +47,7 @@ class TritonOps(TritonVision):
     def __init__(self, device: torch.device | str = "cuda") -> None:
         self.device = torch.device(device)
         self.sampling = DeviceSampling(self.device)
+        self._graph_memory = GraphMemory()
         try:
             if self.device.type == "cpu":
                 from ..kernels.interpreter import import_triton
@@ -65,7 +66,7 @@ class TritonOps(TritonVision):
 
     def new_program(self) -> GraphProgram | None:
         """A CUDA graph; None where there are none (interpreted)."""
-        return None if self.device.type == "cpu" else GraphProgram()
+        return None if self.device.type == "cpu" else GraphProgram(self._graph_memory)
 
     def supports(self, case: OpCase) -> str | None:
         """None if this case can run, else one sentence that says why not."""

@@ -11,6 +11,21 @@ from typing import Any
 import torch
 
 
+class GraphMemory:
+    """What the graphs of one model share: a pool of memory (only one runs at a time, and no result stands in it when
+    the next begins), and the stream they are captured on, both made with the first of them.
+    """
+
+    def __init__(self) -> None:
+        self._made: tuple[Any, Any] | None = None
+
+    def get(self) -> tuple[Any, Any]:
+        """The pool's handle and the stream, of the current device."""
+        if self._made is None:
+            self._made = torch.cuda.graph_pool_handle(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        return self._made
+
+
 class GraphProgram:
     """A Program (see ops/__init__.py) that does not run what it records: the caller replays it.
 
@@ -18,16 +33,16 @@ class GraphProgram:
     """
 
     runs_while_recording = False
-    _pool: Any = None  # shared by all graphs: only one runs at a time, and a result is read before the next
 
-    def __init__(self) -> None:
+    def __init__(self, memory: GraphMemory) -> None:
+        self._memory = memory
         self._graph = torch.cuda.CUDAGraph()
         self._capture: Any = None
 
     def begin(self) -> None:
-        if GraphProgram._pool is None:
-            GraphProgram._pool = torch.cuda.graph_pool_handle()
-        self._capture = torch.cuda.graph(self._graph, pool=GraphProgram._pool)
+        pool, stream = self._memory.get()
+        # Another thread may allocate meanwhile (a second model, the host's own work): it does not break the capture.
+        self._capture = torch.cuda.graph(self._graph, pool=pool, stream=stream, capture_error_mode="thread_local")
         self._capture.__enter__()
 
     def end(self) -> None:

@@ -116,8 +116,10 @@ class TritonVision(TritonPacking):
 
     def _result(self, op: str, qkv: Tensor, out: Tensor | None) -> None:
         shape = (*qkv.shape[:-1], qkv.shape[-1] // 3)
-        if out is not None and (out.shape != shape or out.dtype != qkv.dtype or not out.is_contiguous()):
-            refuse(op, f"out must be contiguous {list(shape)} in qkv's dtype", out, qkv)
+        if out is None:
+            return
+        if out.shape != shape or out.dtype != qkv.dtype or not out.is_contiguous() or not self._is_here(out):
+            refuse(op, f"out must be contiguous {list(shape)} in qkv's dtype on {self.device}", out, qkv)
 
     @staticmethod
     def _head_dim(op: str, qkv: Tensor, num_heads: int) -> int:

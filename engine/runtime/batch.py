@@ -5,6 +5,9 @@ a device there is a second one of the same form, which gets the whole of the fir
 that a recorded step finds them again. A batch is valid until the next `build`, which returns the same object again if
 it has the same sizes, and which must not come before the device has done with it (reading the tokens of a step back
 waits for that).
+
+The copy runs beside the host, which may build the next batch before it has begun: a pass that chooses no token reads
+nothing back. So `build` first waits for the last copy.
 """
 
 from __future__ import annotations
@@ -16,12 +19,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..ops.devices import new_event
 from ..types import ForwardBatch
 from .sequence import Chunk, Schedule, Sequence
 
 ALIGNMENT = 64  # elements: every field begins on a line of its own
 CPU = torch.device("cpu")
 LADDER = (1, 2, 4, 8, *range(16, 257, 16))  # sequences of the decode steps that a device records
+ABOVE_LADDER = 64  # beyond it, multiples of this
 ImageRows = Callable[[Sequence, int, int], list[tuple[int, Tensor]]]
 
 
@@ -44,6 +49,8 @@ class BatchBuilder:
         self.block_size = block_size
         self._image_rows = image_rows
         self._device = device
+        self._copied = new_event(device)
+        self._is_copying = False
         shapes = {
             "token_ids": (max_batch_tokens,),
             "positions": (max_batch_tokens,),
@@ -55,7 +62,7 @@ class BatchBuilder:
             # Whole rows are passed on, so the tensor stays contiguous; entries behind a sequence's own are 0.
             "block_tables": (max_num_seqs, max_blocks),
         }
-        self._host, fields = _one_buffer(shapes, CPU)
+        self._host, fields = _one_buffer(shapes, CPU, pinned=device.type == "cuda")
         if device.type == "cpu":
             self._copy = self._host
         else:
@@ -88,6 +95,9 @@ class BatchBuilder:
         batch of decodes is filled up to a size of LADDER, so that few sizes need be recorded: the rows behind the
         schedule's have no slot (-1), so that nothing is stored for them, and nobody asks for their results.
         """
+        if self._is_copying:
+            self._copied.synchronize()  # what is written here may not have been read yet
+            self._is_copying = False
         num_tokens = num_logits = num_pooled = 0
         pieces: list[tuple[int, Tensor]] = []
         for row, chunk in enumerate(schedule):
@@ -115,6 +125,9 @@ class BatchBuilder:
         sizes = (num_tokens, num_seqs, num_logits, num_pooled)
         if self._copy is not self._host:
             self._copy.copy_(self._host, non_blocking=True)
+            if self._copied is not None:
+                self._copied.record()
+                self._is_copying = True
         if self._last is not None and self._last[0] == sizes and not pieces:
             return self._last[1]
         image_index, image_rows = _join(pieces, self._device)
@@ -135,7 +148,8 @@ class BatchBuilder:
 
     def _fill_up(self, count: int) -> int:
         """Empty decodes up to the next size of the ladder that the buffers hold; returns it."""
-        size = min(next((s for s in LADDER if s >= count), count), len(self._np_context_lens), len(self._np_token_ids))
+        beyond = -(-count // ABOVE_LADDER) * ABOVE_LADDER
+        size = min(next((s for s in LADDER if s >= count), beyond), len(self._np_context_lens), len(self._np_token_ids))
         for row in range(count, size):
             self._np_token_ids[row] = 0
             self._np_positions[row] = 0
@@ -173,13 +187,14 @@ class BatchBuilder:
         self._np_slots[part] = blocks * self.block_size + positions % self.block_size
 
 
-def _one_buffer(shapes: dict[str, tuple[int, ...]], device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
+def _one_buffer(
+    shapes: dict[str, tuple[int, ...]], device: torch.device, pinned: bool = False
+) -> tuple[Tensor, dict[str, Tensor]]:
     """A zeroed int32 buffer, pinned if it is the host's side of a GPU's, and its fields."""
     starts, end = {}, 0
     for name, shape in shapes.items():
         starts[name] = end
         end += -(-prod(shape) // ALIGNMENT) * ALIGNMENT
-    pinned = device.type == "cpu" and torch.cuda.is_available()
     buffer = torch.zeros(end, dtype=torch.int32, device=device, pin_memory=pinned)
     fields = {name: buffer[starts[name] : starts[name] + prod(shape)].view(shape) for name, shape in shapes.items()}
     return buffer, fields

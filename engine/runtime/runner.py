@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import EngineError
+from ..ops.devices import wait_for
 from ..types import ForwardBatch, KVCacheView
 from .sequence import Sequence
 
@@ -90,6 +91,7 @@ class Runner:
             preprocessed = time.perf_counter()
             with torch.inference_mode():
                 rows = self.model.encode_image(views, image.plan)
+            wait_for(rows.device)  # its time is reported
             if len(rows) != image.count:
                 raise EngineError(f"the encoder made {len(rows)} rows for an image with {image.count} placeholders")
             encoded.append(EncodedImage(image.start, rows))

@@ -138,7 +138,9 @@ class Sampler:
 
     def sample(self, logits: Tensor, samplers: list[SequenceSampler]) -> list[Sampled]:
         """logits [L, V] float32, one row a sampler; they are changed in place."""
-        if self._sampling is not None and samplers:
+        if not samplers:  # a pass of prompts that are not yet at their end
+            return []
+        if self._sampling is not None:
             return self._sample_on_device(self._sampling, logits, samplers)
         rows = logits.numpy()
         if self._num_tokens is not None:

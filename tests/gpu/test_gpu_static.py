@@ -159,4 +159,4 @@ def test_workloads_describe_themselves() -> None:
     for workload in WORKLOADS:
         assert workload.bytes > 0
         assert (workload.flops > 0) == workload.products
-        assert torch.device("meta")
+        assert callable(workload.make(torch.device("meta")))

@@ -103,15 +103,21 @@ class HostCost:
 
 
 @contextmanager
-def null_engine(config: DecoderConfig, use_graphs: bool, sequences: int) -> Iterator[tuple[Engine, LaunchCounter]]:
+def null_model(network: Any, config: Any, use_graphs: bool = False) -> Iterator[tuple[Any, LaunchCounter]]:
+    """A model with random weights and what it launches."""
     counter = LaunchCounter()
-    ops: Any = NullOps(counter if use_graphs else None)
-    model_config = TextModelConfig(config)
     with replaced_runner(counter), forced_target("sm_90"):
-        weights = RandomWeights(TextModel.weight_specs(model_config), torch.bfloat16, 1)
-        model = TextModel.load(weights, model_config, torch.bfloat16, ops)
-        options = EngineConfig("null", max_num_seqs=max(sequences, 1), max_model_len=2048, prefix_cache=False)
-        yield Engine(options, model, torch.bfloat16), counter
+        weights = RandomWeights(network.weight_specs(config), torch.bfloat16, 1)
+        yield network.load(weights, config, torch.bfloat16, NullOps(counter if use_graphs else None)), counter
+
+
+@contextmanager
+def null_engine(
+    config: DecoderConfig, use_graphs: bool, sequences: int, **options: Any
+) -> Iterator[tuple[Engine, LaunchCounter]]:
+    with null_model(TextModel, TextModelConfig(config), use_graphs) as (model, counter):
+        sizes = {"max_num_seqs": max(sequences, 1), "max_model_len": 2048, "prefix_cache": False, **options}
+        yield Engine(EngineConfig("null", **sizes), model, torch.bfloat16), counter
 
 
 def measure(config: DecoderConfig, use_graphs: bool, sequences: int = 1, steps: int = 200) -> HostCost:

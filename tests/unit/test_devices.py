@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,8 @@ from pagelens.ops import devices
 from pagelens.ops.registry import resolve_ops
 from pagelens.runtime.batch import LADDER, BatchBuilder
 from pagelens.runtime.sequence import Chunk, Sequence
+
+READER = str(Path(__file__).resolve().parents[2] / "engine" / "assets" / "reader")
 
 
 def test_without_a_gpu_the_error_is_one_line_with_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,3 +126,117 @@ def test_on_the_cpu_nothing_is_filled_up_or_copied() -> None:
 def test_the_ladder_rises() -> None:
     assert sorted(set(LADDER)) == list(LADDER)
     assert LADDER[0] == 1
+
+
+def test_the_ladder_goes_on_above_its_end() -> None:
+    """Every count of its own would be recorded otherwise."""
+    builder = BatchBuilder(512, 300, 4, 8, device=torch.device("meta"))
+    assert [builder.build(schedule(n)).token_ids.shape[0] for n in (256, 257, 270, 300)] == [256, 300, 300, 300]
+    builder = BatchBuilder(512, 500, 4, 8, device=torch.device("meta"))
+    assert [builder.build(schedule(n)).token_ids.shape[0] for n in (257, 320, 321)] == [320, 320, 384]
+
+
+class FakeEvent:
+    def __init__(self, builder: list[BatchBuilder], seen: list[Any]) -> None:
+        self.builder, self.seen = builder, seen
+
+    def record(self) -> None:
+        self.seen.append(("record", int(self.builder[0]._np_token_ids[0])))
+
+    def synchronize(self) -> None:
+        self.seen.append(("wait", int(self.builder[0]._np_token_ids[0])))
+
+
+def test_the_next_batch_waits_for_the_copy_of_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before a byte of the host's buffer changes, whether tokens were read back between or not."""
+    from pagelens.runtime import batch
+
+    seen: list[Any] = []
+    holder: list[BatchBuilder] = []
+    monkeypatch.setattr(batch, "new_event", lambda device: FakeEvent(holder, seen))
+    holder.append(BatchBuilder(64, 8, 4, 8, device=torch.device("meta")))
+    holder[0].build(schedule(1))  # token 19
+    holder[0].build(schedule(1, tokens=2))  # token 18 first
+    holder[0].build(schedule(1))
+    assert seen == [("record", 19), ("wait", 19), ("record", 18), ("wait", 18), ("record", 19)]
+
+
+def test_only_the_buffer_of_a_gpu_is_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine with a GPU, an engine on the CPU must not start CUDA."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert not BatchBuilder(64, 8, 4, 8)._host.is_pinned()
+
+
+# ---- cards ---------------------------------------------------------------------------------------------------------
+def test_a_card_that_is_too_old_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(torch.version, "hip", None)
+    with pytest.raises(UnsupportedError, match=r"Tesla T4 has compute capability 7\.5.*8\.0.*device='cpu'"):
+        devices.find_device("cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+    assert devices.find_device("cuda") == torch.device("cuda", 1)
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert devices.find_device("cuda") == torch.device("cuda", 1)
+
+
+def test_the_current_gpu_of_a_thread_is_set() -> None:
+    context: Any = devices.on_device(torch.device("cuda", 1))
+    assert context.idx == 1
+    with devices.on_device(torch.device("cpu")):
+        pass
+
+
+def test_a_model_without_room_on_the_gpu_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    from pagelens import core
+
+    def allocate(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore of it")
+
+    monkeypatch.setattr(core, "allocate", allocate)
+    with pytest.raises(ConfigError, match=r"do not fit.*2\.00 GiB.*weights='int8'") as caught:
+        LLM(READER, backend="reference")
+    assert "\n" not in str(caught.value)
+
+
+# ---- graphs --------------------------------------------------------------------------------------------------------
+def test_graphs_of_two_models_share_neither_memory_nor_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And another thread's work does not break a capture."""
+    from pagelens.ops import triton_graphs
+    from pagelens.ops.triton_graphs import GraphMemory, GraphProgram
+
+    captured: list[dict[str, Any]] = []
+
+    class Capture:
+        def __init__(self, graph: Any, **options: Any) -> None:
+            captured.append(options)
+
+        def __enter__(self) -> None: ...
+        def __exit__(self, *_: object) -> None: ...
+
+    cuda = triton_graphs.torch.cuda
+    for name, fake in (("CUDAGraph", object), ("graph_pool_handle", object), ("Stream", object), ("graph", Capture)):
+        monkeypatch.setattr(cuda, name, fake)
+    first, second = GraphMemory(), GraphMemory()
+    for memory in (first, first, second):
+        program = GraphProgram(memory)
+        program.begin()
+        program.end()
+    a, b, c = captured
+    assert a["pool"] is b["pool"]
+    assert a["stream"] is b["stream"]
+    assert a["pool"] is not c["pool"]
+    assert a["stream"] is not c["stream"]
+    assert {one["capture_error_mode"] for one in captured} == {"thread_local"}
+
+
+def test_buffers_on_a_device_move_seldom() -> None:
+    from pagelens.models.workspace import Workspace
+
+    scratch = Workspace("meta")
+    for rows in range(1, 2049):
+        scratch.take("x", (rows, 64), torch.bfloat16)
+    assert scratch.generation <= 12
+    assert scratch.take("x", (0, 64), torch.bfloat16).shape == (0, 64)

@@ -53,3 +53,30 @@ def test_launches_can_be_counted_and_empty_grids_start_nothing() -> None:
         start(kernel, (2, 3), (), {}, DEFAULT)
         start(kernel, (2, 0), (), {}, DEFAULT)
     assert counter.names == ["kernel"]
+
+
+# ---- relatives and wide operands -----------------------------------------------------------------------------------
+def test_a_target_without_a_file_uses_its_relatives(folder: Path) -> None:
+    rules = {"linear": [{"BLOCK_M": 16}]}
+    (folder / "sm_89.json").write_text(json.dumps({"target": "sm_89", "kernels": rules}), encoding="utf-8")
+    assert tuning.load_rules("sm_86") == tuning.load_rules("sm_89") != {}
+    (folder / "sm_86.json").write_text(json.dumps({"target": "sm_86", "kernels": {}}), encoding="utf-8")
+    tuning.load_rules.cache_clear()
+    assert tuning.load_rules("sm_86") == {}
+    assert tuning.load_rules("sm_75") == {}
+
+
+def test_every_relative_has_a_file() -> None:
+    for target, relative in tuning.LIKE.items():
+        assert (tuning.FOLDER / f"{relative}.json").is_file()
+        assert not (tuning.FOLDER / f"{target}.json").is_file()
+
+
+def test_wide_operands_get_smaller_tiles() -> None:
+    config = Config.make(num_warps=4, num_stages=4, BLOCK_M=64, BLOCK_K=32)
+    with tuning.forced_target("sm_89"):
+        assert tuning.fitted(config, CPU, "BLOCK_K", 1) == config
+        assert tuning.fitted(config, CPU, "BLOCK_K", 2).sizes == {"BLOCK_M": 64, "BLOCK_K": 16}
+        smallest = tuning.fitted(config, CPU, "BLOCK_K", 8)
+    assert smallest == Config.make(num_warps=4, num_stages=1, BLOCK_M=64, BLOCK_K=16)
+    assert tuning.fitted(config, CPU, "BLOCK_K", 2) == config  # interpreted

@@ -6,13 +6,14 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from pagelens.cli import main
 from pagelens.errors import UnsupportedError
-from pagelens.tune import CudaTimer, Trial, choose, write
+from pagelens.tune import CudaTimer, DryTimer, Trial, choose, tune, write
 
 NO_GPU = not torch.cuda.is_available()
 
@@ -44,6 +45,40 @@ def test_a_dry_run_covers_every_workload(tmp_path: Path) -> None:
     assert {"linear", "window_attention", "paged_attention_decode", "grouped_gemm", "conv"} <= set(found["kernels"])
     assert [rule.get("when") for rule in found["kernels"]["linear"]] == [{"rows": 16}, {"rows": 64}, None]
     assert all("does not run" not in line for rules in found["kernels"].values() for r in rules for line in r["others"])
+
+
+class BrokenTimer(DryTimer):
+    """A card that an illegal access has brought down: every call fails from then on."""
+
+    def seconds(self, call: Any, repeats: int) -> float:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered\nmore of it")
+
+    def check(self) -> None:
+        raise UnsupportedError("the card failed")
+
+
+def test_a_card_that_fails_ends_the_search() -> None:
+    """All candidates would be called slow or impossible, and a file without rules written."""
+    pytest.importorskip("triton", reason="triton is not installed: there are wheels for Linux only")
+    with pytest.raises(UnsupportedError, match="the card failed"):
+        tune(BrokenTimer(), 1, lambda line: None)
+
+
+def test_a_candidate_that_does_not_run_is_left_out() -> None:
+    pytest.importorskip("triton", reason="triton is not installed: there are wheels for Linux only")
+
+    class Narrow(DryTimer):
+        def seconds(self, call: Any, repeats: int) -> float:
+            from pagelens.kernels import tuning
+
+            if any(config.sizes.get("BLOCK_M", 0) > 64 for config in tuning._trial.values()):
+                raise RuntimeError("out of resource: shared memory\nmore")
+            return super().seconds(call, repeats)
+
+    found = tune(Narrow(), 1, lambda line: None)
+    rules = [rule for rules in found["kernels"].values() for rule in rules]
+    assert max(rule.get("BLOCK_M", 0) for rule in rules) == 64
+    assert any(line.endswith("does not run: out of resource: shared memory") for r in rules for line in r["others"])
 
 
 def trial(seconds: float, failure: str | None = None, m: int = 16) -> Trial:

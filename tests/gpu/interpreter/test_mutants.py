@@ -180,8 +180,8 @@ MUTANTS = [
     Mutant("moe_routing", "rank = tl.cumsum(chosen, 0) - chosen", "rank = tl.cumsum(chosen, 0)", EXPERTS),
     Mutant(
         "moe_routing",
-        "before += tl.where(other < tile, count, 0)",
-        "before += tl.where(other <= tile, count, 0)",
+        "tl.where((other < tile)[:, None], count, 0)",
+        "tl.where((other <= tile)[:, None], count, 0)",
         EXPERTS,
     ),
     Mutant("moe_routing", 'keys = tl.where(here, -float("inf"), keys)', "keys = keys", EXPERTS),
@@ -230,7 +230,7 @@ def problem_of(case: Case, ops: Any) -> str | None:
 
 def test_every_kernel_has_a_mutant() -> None:
     files = Path(kernels.__path__[0]).glob("*.py")
-    with_kernels = {path.stem for path in files if "\n@triton.jit\n" in path.read_text(encoding="utf-8")}
+    with_kernels = {path.stem for path in files if "\n@triton.jit" in path.read_text(encoding="utf-8")}
     assert len(with_kernels) > 10
     assert {mutant.module for mutant in MUTANTS} | {"sample"} >= with_kernels  # sample: below
 
@@ -260,7 +260,7 @@ SAMPLE_MUTANTS = [
     ("tl.where(x == 0.0, 0.0, x).to(tl.int32, bitcast=True)", "x.to(tl.int32, bitcast=True)"),
     ("wanted = tl.minimum(tl.maximum(tl.floor((target - above) / each), 0.0), at - 1.0)", "wanted = 0.0 * at"),
     ("extra = (at - (needed - above)) * weight_at(number_of(cut), top, inverse)", "extra = 0.0"),
-    ("best = tl.where(block_top > top, block_best, best)", "best = tl.where(block_top >= top, block_best, best)"),
+    ("tl.min(tl.where(tops == top, bests, V), 0)", "tl.max(tl.where(tops == top, bests, 0), 0)"),
     ("match = match & (token != tl.load(ALLOWED + row * num_allowed + j))", "match = match"),
     ("match = match & (token == tl.load(history + length - size + 1 + j))", "match = match"),
 ]
