@@ -6,7 +6,7 @@ import os
 import shlex
 import subprocess
 import sysconfig
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -53,4 +53,46 @@ def build(
         list(pool.map(run, jobs))
     target = folder / variant
     run([*cxx, *(SANITIZE if variant == "asan" else []), *objects, "-ldl", "-o", target])
+    return target
+
+
+EXTENSION = "_cuda_sim"
+
+
+def build_extension(variant: str, folder: Path, mutants: Mapping[str, tuple[str, str]] | None = None) -> Path:
+    """pagelens._cuda_sim in `folder`: all kernels of csrc/cuda, those named in `mutants` with one text replaced.
+
+    mutants  file name -> (text that stands there exactly once, what to put in its place)
+    Objects are kept in `folder`, so that the next variant or mutant compiles only what differs.
+    """
+    import pybind11
+
+    folder.mkdir(parents=True, exist_ok=True)
+    host, device = VARIANTS[variant]
+    python = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}", f"-DPAGELENS_MODULE={EXTENSION}"]
+    shared = ["-fPIC", "-fvisibility=hidden"]
+    tag = variant if variant == "asan" else "host"
+    jobs: list[tuple[Path, list[str | Path]]] = []
+    for source in [*RUNTIME, ROOT / "csrc/cuda/bindings.cpp"]:
+        jobs.append((folder / f"{tag}-{source.name}.o", [*COMMON, *shared, *host, *python, source]))
+    changed = mutants or {}
+    for kernel in sorted((ROOT / "csrc/cuda").glob("*.cu")):
+        source, name = kernel, f"{variant}-{kernel.name}"
+        if kernel.name in changed:
+            old, new = changed[kernel.name]
+            text = kernel.read_text()
+            if text.count(old) != 1:
+                raise ValueError(f"{kernel.name} holds {old!r} {text.count(old)} times; a mutant changes one place")
+            name = f"{variant}-mutant-{abs(hash((old, new)))}-{kernel.name}"
+            source = folder / name
+            source.write_text(text.replace(old, new))
+        jobs.append((folder / f"{name}.o", [*COMMON, *shared, *device, "-x", "c++", source]))
+    missing = [(target, command) for target, command in jobs if not target.exists()]
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda job: run([*compiler(), *job[1], "-c", "-o", job[0]]), missing))
+    key = "-".join(["mutant", *(str(abs(hash(pair))) for pair in changed.values())]) if changed else variant
+    target = folder / f"{variant}-{key}" / f"{EXTENSION}.so"
+    target.parent.mkdir(exist_ok=True)
+    sanitizer = SANITIZE if variant == "asan" else []
+    run([*compiler(), "-shared", *sanitizer, *(obj for obj, _ in jobs), "-ldl", "-o", target])
     return target

@@ -1,4 +1,5 @@
-// bfloat16 as bits, with the rounding of the hardware (to nearest, ties to even; NaN stays NaN).
+// What both sides share and what callers that nvcc does not compile may see: a stream, and bfloat16 as bits, with the
+// rounding of the hardware (to nearest, ties to even; NaN stays NaN).
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -10,6 +11,8 @@
 #endif
 
 namespace simt {
+
+using Stream = void*;  // a cudaStream_t; the host runs every launch to its end and ignores it
 
 struct bf16 {
   uint16_t bits;

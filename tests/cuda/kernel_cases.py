@@ -1,0 +1,54 @@
+"""What the CUDA kernels are run on: the small cases of the shared list, and cases of what only they have."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from helpers.simt_build import ROOT
+from ops.cases import SMALL, Case, difference
+
+from pagelens.ops.cuda import CudaOps
+from pagelens.ops.reference import ReferenceOps
+
+REFERENCE = ReferenceOps()
+BUILT = "PAGELENS_TEST_CUDA_SIM"  # the variable that names an extension to test
+
+
+def load(path: Path) -> ModuleType:
+    """The extension at `path`. pybind11 keeps a module by its name, so each file gets one of its own."""
+    spec = importlib.util.spec_from_file_location(f"{path.parent.name}._cuda_sim", path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{path} is no extension module")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def shared_cases(ops: CudaOps) -> Iterator[Case]:
+    """The small cases that the kernels take. What they refuse is listed by a test of its own."""
+    for case in SMALL:
+        if case.op in ops.IMPLEMENTED and ops.supports(case.op_case()) is None:
+            yield case
+
+
+def compare(case: Case, ops: Any) -> str | None:
+    result, expected = case.bind(ops)(), case.bind(REFERENCE)()
+    pairs = zip(result, expected) if isinstance(expected, tuple) else [(result, expected)]
+    return next((found for pair in pairs if (found := difference(*pair, case))), None)
+
+
+def run_tests_with(extension: Path, *tests: str) -> subprocess.CompletedProcess[str]:
+    """pytest in a process of its own on another build of the kernels; one built with ASan needs its library first."""
+    environment = {**os.environ, BUILT: str(extension), "ASAN_OPTIONS": "detect_leaks=0"}
+    if "asan" in extension.parent.name:
+        library = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True)
+        environment["LD_PRELOAD"] = library.stdout.strip()
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-s", *tests]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)

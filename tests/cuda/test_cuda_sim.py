@@ -1,0 +1,165 @@
+"""The CUDA kernels on a CPU (csrc/simt), against the reference: in three thread orders, under the race detector, under
+AddressSanitizer and UBSan, and with one line of a kernel changed, which must be found.
+
+PAGELENS_TEST_CUDA_SIM names an extension to test instead of the plain one: this file starts itself that way.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from cuda.kernel_cases import BUILT, REFERENCE, compare, load, run_tests_with, shared_cases
+from helpers.simt_build import build_extension
+from ops.cases import SMALL, AttentionCase, Paged, noise
+
+from pagelens.ops import OpCase
+from pagelens.ops.cuda import CudaOps, pack_rows
+from pagelens.quantization import QuantizedWeight, quantize
+
+ORDERS = ("forward", "reverse", "random")
+inner = pytest.mark.skipif(BUILT in os.environ, reason="only once, by the run that starts the others")
+
+
+@pytest.fixture(scope="module")
+def kernels(folder: Path) -> ModuleType:
+    given = os.environ.get(BUILT)
+    return load(Path(given) if given else build_extension("plain", folder))
+
+
+@pytest.fixture(scope="module")
+def ops(kernels: ModuleType) -> CudaOps:
+    return CudaOps(kernels, "cuda-sim")
+
+
+@pytest.fixture(params=ORDERS)
+def order(request: pytest.FixtureRequest, kernels: ModuleType) -> str:
+    kernels.set_options(request.param, 7, "race" in os.environ.get(BUILT, ""))
+    return str(request.param)
+
+
+def clean(kernels: ModuleType) -> None:
+    """Nothing found since the last look; with the race detector, something was looked at."""
+    found = kernels.take_findings()
+    assert found["races"] == []
+    conflicts = {place: count for place, count in found["banks"].items() if count[1]}
+    if "race" not in os.environ.get(BUILT, ""):
+        assert not conflicts  # ldmatrix
+    else:
+        assert found["accesses"] > 0
+
+
+def quantized(weight: torch.Tensor, kind: str) -> QuantizedWeight:
+    """Rounded by this project's rule, but for activations that stay bfloat16."""
+    q = quantize(weight, kind)  # type: ignore[arg-type]
+    return QuantizedWeight(q.kind, q.values, q.scales, q.group_size, q.zeros, dtype=torch.bfloat16)
+
+
+def test_shared_cases(ops: CudaOps, kernels: ModuleType, order: str) -> None:
+    found = [why for case in shared_cases(ops) if (why := compare(case, ops))]
+    assert found == []
+    clean(kernels)
+
+
+def test_refusals_name_the_size() -> None:
+    ops = CudaOps(ModuleType("no kernels"), "cuda-sim")
+    refused = {ops.supports(case.op_case()) for case in SMALL if case.op in ops.IMPLEMENTED}
+    assert refused == {
+        None,
+        "the CUDA kernels take bfloat16, not float32",
+        "head_dim 22 is not one of 16, 32, 64, 96, 128",
+        "head_dim 22 is not a multiple of 4 up to 256",
+        "width 77 is not a multiple of 8",
+    }
+    many = OpCase("moe_routing", torch.float32, (("num_experts", 512), ("top_k", 8)))
+    assert ops.supports(many) == "it takes up to 256 experts and top_k up to 32"
+
+
+@pytest.mark.parametrize("experts", [5, 32, 33, 64, 128, 256])
+def test_routing_is_the_reference_with_ties_and_nan(
+    ops: CudaOps, kernels: ModuleType, order: str, experts: int
+) -> None:
+    g = torch.Generator().manual_seed(experts)
+    for tokens in (0, 1, 31, 70):
+        logits = torch.randn(tokens, experts, generator=g).round(decimals=0)  # whole numbers: many ties
+        for top_k in {1, min(8, experts), min(32, experts)}:
+            for renormalize in (False, True):
+                expected = REFERENCE.moe_routing(logits, top_k, renormalize, 2.5)
+                result = ops.moe_routing(logits, top_k, renormalize, 2.5)
+                assert torch.equal(result.expert_ids, expected.expert_ids)
+                assert torch.equal(result.offsets, expected.offsets)
+                assert torch.equal(result.permutation, expected.permutation)
+                torch.testing.assert_close(result.weights, expected.weights, rtol=1e-6, atol=1e-7)
+    logits = torch.full((3, experts), torch.nan)
+    assert torch.equal(ops.moe_routing(logits, 4, False, 1.0).expert_ids, torch.arange(4).int().expand(3, 4))
+    clean(kernels)
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "int8", "int4"])
+@pytest.mark.parametrize(("rows", "width", "inner"), [(1, 64, 24), (3, 136, 72), (150, 200, 64)])
+def test_grouped_gemm(
+    ops: CudaOps, kernels: ModuleType, order: str, kind: str, rows: int, width: int, inner: int
+) -> None:
+    """Inputs whose exact products and sums fit into float32: the reference's dequantised weights, the same numbers."""
+    g = torch.Generator().manual_seed(rows)
+    experts, top_k = 6, 2
+    shapes = ((inner, width), (inner, width), (width, inner))
+    weights = [[noise(g, shape, torch.bfloat16, shape[1] ** -0.5) for shape in shapes] for _ in range(experts)]
+    parts = [tuple(quantized(w, kind) if kind != "bfloat16" else w for w in expert) for expert in weights]
+    x, logits = noise(g, (rows, width), torch.bfloat16), torch.randn(rows, experts, generator=g)
+    logits[:, 3] = -50.0  # an expert without rows
+    routing = REFERENCE.moe_routing(logits, top_k, True, 1.0)
+    router = torch.zeros(experts, width)
+    expected = REFERENCE.grouped_gemm(x, REFERENCE.pack_moe(router, parts, None), routing)
+    result = ops.grouped_gemm(x, ops.pack_moe(router, parts, None), routing)
+    # The hidden values are rounded to bfloat16 on both sides; a value at the edge may fall either way.
+    tolerance = 2.0**-8 / inner**0.5 + 8 * 2.0**-24 * (width + inner) ** 0.5
+    assert float((result - expected).abs().max()) <= tolerance * float(expected.abs().max())
+    clean(kernels)
+
+
+def test_a_row_has_the_same_bits_in_any_batch(ops: CudaOps, kernels: ModuleType) -> None:
+    """Tiles of 16 and of 64 rows, and splits of other sequences, change nothing."""
+    g = torch.Generator().manual_seed(3)
+    experts, width, inner = 4, 128, 64
+    parts = [
+        tuple(noise(g, shape, torch.bfloat16, 0.1) for shape in ((inner, width), (inner, width), (width, inner)))
+        for _ in range(experts)
+    ]
+    moe = ops.pack_moe(torch.zeros(experts, width), parts, None)
+    x, logits = noise(g, (90, width), torch.bfloat16), torch.randn(90, experts, generator=g)
+    together = ops.grouped_gemm(x, moe, ops.moe_routing(logits, 2, True, 1.0))
+    for row in (0, 41, 89):
+        alone = ops.grouped_gemm(x[row : row + 1], moe, ops.moe_routing(logits[row : row + 1], 2, True, 1.0))
+        assert torch.equal(alone[0], together[row])
+    case = AttentionCase(
+        batch=Paged(((1, 300), (20, 500), (1, 7))), heads=4, kv_heads=2, head_dim=64, dtype=torch.bfloat16
+    )
+    q, keys, values, tables, starts, contexts = case.tensors()
+    together = ops.paged_attention(q, keys, values, tables, starts, contexts, 0.125)
+    for s in range(3):
+        rows = slice(int(starts[s]), int(starts[s + 1]))
+        one = torch.tensor([0, rows.stop - rows.start], dtype=torch.int32)
+        alone = ops.paged_attention(q[rows], keys, values, tables[s : s + 1], one, contexts[s : s + 1], 0.125)
+        assert torch.equal(alone, together[rows])
+    clean(kernels)
+
+
+def test_packed_rows_hold_every_value() -> None:
+    values = torch.arange(-8, 8, dtype=torch.int8).repeat(2, 5)[:, :72]
+    for kind, per_byte in (("int8", 1), ("int4", 2)):
+        weight = QuantizedWeight(kind, values, torch.ones(2, 1), 72)  # type: ignore[arg-type]
+        packed, scales = pack_rows(weight)
+        assert packed.shape == (2, 128 // per_byte)
+        assert scales.shape == (2, 128 // (64 if kind == "int8" else 32))
+
+
+@inner
+@pytest.mark.parametrize("variant", ["race", "asan"])
+def test_again_with(variant: str, folder: Path) -> None:
+    """The whole file on kernels built with the race detector, and with AddressSanitizer and UBSan."""
+    result = run_tests_with(build_extension(variant, folder), str(Path(__file__)))
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
