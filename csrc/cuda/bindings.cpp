@@ -94,6 +94,22 @@ void bind_attention(py::module_& m) {
       py::arg("args"), py::arg("scratch"), py::arg("stream"), py::call_guard<py::gil_scoped_release>());
 }
 
+void bind_window_attention(py::module_& m) {
+  m.def(
+      "window_attention",
+      [](Address qkv, Address pad_qkv, Address rel_h_high, Address rel_h_low, Address rel_w_high, Address rel_w_low,
+         int views, int grid, int size, int across, int heads, int head_dim, float scale, Address out, Address stream) {
+        window_attention({at<const bf16>(qkv), at<const bf16>(pad_qkv), at<const bf16>(rel_h_high),
+                          at<const bf16>(rel_h_low), at<const bf16>(rel_w_high), at<const bf16>(rel_w_low), views, grid,
+                          size, across, heads, head_dim, scale, at<bf16>(out)},
+                         stream_of(stream));
+      },
+      py::arg("qkv"), py::arg("pad_qkv"), py::arg("rel_h_high"), py::arg("rel_h_low"), py::arg("rel_w_high"),
+      py::arg("rel_w_low"), py::arg("views"), py::arg("grid"), py::arg("size"), py::arg("across"), py::arg("heads"),
+      py::arg("head_dim"), py::arg("scale"), py::arg("out"), py::arg("stream"),
+      py::call_guard<py::gil_scoped_release>());
+}
+
 void bind_grouped_gemm(py::module_& m) {
   m.def(
       "grouped_gemm",
@@ -152,6 +168,7 @@ PYBIND11_MODULE(PAGELENS_MODULE, m) {
   bind_routing(m);
   bind_rope(m);
   bind_attention(m);
+  bind_window_attention(m);
   bind_grouped_gemm(m);
 #ifndef PAGELENS_CUDA
   bind_simulator(m);

@@ -67,6 +67,18 @@ struct PagedAttentionArgs {
 int64_t paged_attention_scratch(const PagedAttentionArgs& args);
 void paged_attention(const PagedAttentionArgs& args, Stream stream);
 
+// qkv [views, grid, grid, 3 * heads * head_dim], pad_qkv [3 * heads * head_dim]; the relative tables [2 size - 1,
+// head_dim] as a sum of two bf16 -> out [views, grid, grid, heads * head_dim]. `across` windows of `size` cover the
+// grid.
+struct WindowAttentionArgs {
+  const bf16 *qkv, *pad_qkv;
+  const bf16 *rel_h_high, *rel_h_low, *rel_w_high, *rel_w_low;
+  int views, grid, size, across, heads, head_dim;
+  float scale;
+  bf16* out;
+};
+void window_attention(const WindowAttentionArgs& args, Stream stream);
+
 // The routed experts. x [tokens, width] bf16 -> y [tokens, width] float32. gate_up [experts, 2 * inner, width]: rows
 // 2 i and 2 i + 1 are row i of gate and of up; down [experts, width, inner]. Weights are bf16, int8 or int4; see
 // grouped_gemm.cu for the layout of scales. hidden [tokens * top_k, inner] bf16 and parts [tokens * top_k, width]

@@ -8,9 +8,7 @@
 // their order. Splits stand at fixed multiples of kSplit keys, whatever else is in the batch: a row's bits do not
 // depend on it.
 //
-// Scores: Q in registers (A), keys by ldmatrix (B, K-major as they lie). Output: P (the score fragments, as two
-// bf16 parts, are A fragments as they stand), values by ldmatrix.trans. Rows of shared memory are swizzled in 16-byte
-// pieces.
+// P goes into the second product as two bf16 parts. Fragments and swizzle: attention_tile.h.
 //
 // Bytes at decode: 4 context kv_heads head_dim (keys and values once, bf16) for each sequence. FLOPs: 4 context heads
 // head_dim. (16, 8, 128) at 4096: 16.8 MB, 34 MFLOP; floor on an A100 (1.9 TB/s) 8.8 us, memory. Prefill works through
@@ -18,23 +16,14 @@
 #include <algorithm>
 #include <stdexcept>
 
-#include "cuda/kernels.h"
-#include "simt/simt.h"
+#include "cuda/attention_tile.h"
 
 namespace pagelens::cuda {
 namespace {
 
-constexpr int kWarps = 4, kThreads = 32 * kWarps, kRows = 16, kPiece = 16, kSplit = 256, kStages = 2;
-constexpr uint32_t kAll = ~0u;
+using namespace attention;
 
-// Byte offset of 16-byte chunk c of row r, for rows of D elements: chunks are permuted so that 8 rows of one chunk lie
-// in 8 different groups of banks. The mask stays within the power of two that divides the chunks of a row.
-template <int D>
-__device__ inline int swizzled(int r, int c) {
-  constexpr int kChunks = D / 8;
-  const int mask = kChunks % 8 == 0 ? r & 7 : kChunks % 4 == 0 ? (r >> 1) & 3 : (r >> 2) & 1;
-  return (r * kChunks + (c ^ mask)) * 16;
-}
+constexpr int kWarps = 4, kThreads = 32 * kWarps, kRows = 16, kPiece = 16, kSplit = 256, kStages = 2;
 
 struct Tile {
   int sequence, first_row, rows_left;  // rows of the sequence from this tile on
@@ -75,98 +64,26 @@ __device__ inline void load_piece(const PagedAttentionArgs& a, const Tile& tile,
   simt::cp_async_commit();
 }
 
-// The A fragments of the tile's queries, straight from global memory: row g + 8 (r & 1), columns 2 t + 8 (r >> 1).
-template <int D>
-__device__ inline void load_queries(const PagedAttentionArgs& a, const Tile& tile, int kv_head, int group,
-                                    uint32_t (&q)[D / 16][4]) {
-  const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
-#pragma unroll
-  for (int half = 0; half < 2; half++) {
-    const int row = g + 8 * half;
-    const bool valid = row < tile.rows_left;
-    const int flat = tile.first_row + row;
-    const int64_t query = tile.first_query + flat / group, head = kv_head * group + flat % group;
-    const bf16* x = a.q + (query * a.heads + head) * D;
-#pragma unroll
-    for (int k = 0; k < D / 16; k++)
-#pragma unroll
-      for (int upper = 0; upper < 2; upper++)
-        q[k][half + 2 * upper] = valid ? *reinterpret_cast<const uint32_t*>(x + 16 * k + 8 * upper + 2 * t) : 0u;
-  }
-}
-
-template <int D>
-struct Running {
-  float largest[2], sum[2], out[D / 8][4];
-};
-
 // One piece of keys into the running softmax. last_key[h]: the last key that row g + 8 h sees.
 template <int D>
 __device__ inline void take_piece(const uint32_t (&q)[D / 16][4], unsigned char* keys, unsigned char* values,
                                   int first_key, const int (&last_key)[2], float scale, Running<D>& run) {
-  const int lane = threadIdx.x & 31, t = lane & 3;
+  const int t = threadIdx.x & 3;
   float s[2][4] = {};
+  add_scores<D>(q, keys, 0, s);
 #pragma unroll
-  for (int k = 0; k < D / 16; k++) {
-    uint32_t b[4];  // keys 0..7 of columns 0..7 and 8..15, then keys 8..15
-    simt::ldmatrix_x4(b, keys + swizzled<D>((lane & 7) + ((lane >> 4) << 3), 2 * k + ((lane >> 3) & 1)));
-    const uint32_t low[2] = {b[0], b[1]}, high[2] = {b[2], b[3]};
-    simt::mma_bf16(s[0], q[k], low);
-    simt::mma_bf16(s[1], q[k], high);
-  }
-  float factor[2];
+  for (int n = 0; n < 2; n++)
 #pragma unroll
-  for (int h = 0; h < 2; h++) {
-    float largest = run.largest[h];
-#pragma unroll
-    for (int n = 0; n < 2; n++)
-#pragma unroll
-      for (int e = 0; e < 2; e++) {
-        const int key = first_key + 8 * n + 2 * t + e;
-        float& score = s[n][2 * h + e];
-        score = key <= last_key[h] ? score * scale : -INFINITY;
-        largest = fmaxf(largest, score);
-      }
-    largest = fmaxf(largest, __shfl_xor_sync(kAll, largest, 1));
-    largest = fmaxf(largest, __shfl_xor_sync(kAll, largest, 2));
-    // A row that has seen no key yet keeps -inf; 0 instead of it in the exponents gives 0 and not NaN.
-    const float base = largest == -INFINITY ? 0.0f : largest;
-    factor[h] = expf(run.largest[h] - base);
-    run.largest[h] = largest;
-    float sum = 0.0f;
-#pragma unroll
-    for (int n = 0; n < 2; n++)
-#pragma unroll
-      for (int e = 0; e < 2; e++) {
-        s[n][2 * h + e] = expf(s[n][2 * h + e] - base);
-        sum += s[n][2 * h + e];
-      }
-    run.sum[h] = run.sum[h] * factor[h] + sum;  // of this lane's columns; lanes are added at the end
-  }
+    for (int e = 0; e < 4; e++) {
+      const int key = first_key + 8 * n + 2 * t + (e & 1);
+      s[n][e] = key <= last_key[e >> 1] ? s[n][e] * scale : -INFINITY;
+    }
+  soften<D>(s, run);
   // P as the sum of two bf16, so that its rounding (2^-17) does not show in a bf16 result; decode waits for memory, not
   // for the second product.
   uint32_t p[4], rest[4];
-#pragma unroll
-  for (int i = 0; i < 4; i++) {
-    const float x = s[i >> 1][2 * (i & 1)], y = s[i >> 1][2 * (i & 1) + 1];
-    p[i] = simt::pack_bf16(x, y);
-    rest[i] = simt::pack_bf16(x - simt::low_bf16(p[i]), y - simt::high_bf16(p[i]));
-  }
-#pragma unroll
-  for (int n = 0; n < D / 16; n++) {
-    uint32_t b[4];  // keys 0..7 and 8..15 of columns 0..7, then of columns 8..15
-    simt::ldmatrix_x4_trans(b, values + swizzled<D>((lane & 7) + ((lane >> 3) & 1) * 8, 2 * n + (lane >> 4)));
-    const uint32_t low[2] = {b[0], b[1]}, high[2] = {b[2], b[3]};
-#pragma unroll
-    for (int e = 0; e < 4; e++) {
-      run.out[2 * n][e] *= factor[e >> 1];
-      run.out[2 * n + 1][e] *= factor[e >> 1];
-    }
-    simt::mma_bf16(run.out[2 * n], rest, low);
-    simt::mma_bf16(run.out[2 * n + 1], rest, high);
-    simt::mma_bf16(run.out[2 * n], p, low);
-    simt::mma_bf16(run.out[2 * n + 1], p, high);
-  }
+  round_weights(s, p, rest);
+  add_values<D, true>(p, rest, values, 0, run);
 }
 
 // What a warp, or a split, knows of 16 rows: [2][16] maximum and sum, then [16][D + kPad] output, in floats. With the
@@ -179,9 +96,7 @@ __device__ inline void put_down(const Running<D>& run, float* to) {
   const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
 #pragma unroll
   for (int h = 0; h < 2; h++) {
-    float sum = run.sum[h];
-    sum += __shfl_xor_sync(kAll, sum, 1);
-    sum += __shfl_xor_sync(kAll, sum, 2);
+    const float sum = sum_of_row(run.sum[h]);
     if (t == 0) {
       to[g + 8 * h] = run.largest[h];
       to[kRows + g + 8 * h] = sum;
@@ -238,14 +153,14 @@ __global__ void __launch_bounds__(kThreads) attend(const PagedAttentionArgs a, i
   const int first_key = split * kSplit, end_key = min(first_key + kSplit, end_of_tile);
 
   Running<D> run;
-  run.largest[0] = run.largest[1] = -INFINITY;
-  run.sum[0] = run.sum[1] = 0.0f;
-#pragma unroll
-  for (int n = 0; n < D / 8; n++)
-#pragma unroll
-    for (int e = 0; e < 4; e++) run.out[n][e] = 0.0f;
+  begin<D>(run);
   uint32_t q[D / 16][4];
-  load_queries<D>(a, tile, kv_head, group, q);
+  const auto query_row = [&](int row) -> const bf16* {
+    const int flat = tile.first_row + row;
+    const int64_t query = tile.first_query + flat / group, head = kv_head * group + flat % group;
+    return row < tile.rows_left ? a.q + (query * a.heads + head) * D : nullptr;
+  };
+  load_queries<D>(query_row, q);
 
   unsigned char* mine = simt::shared_memory() + warp * kWarpBytes;
   const int pieces = end_key > first_key ? (end_key - first_key + kPiece - 1) / kPiece : 0;

@@ -21,6 +21,8 @@ from . import OpCase, RopeTable, Routing
 from .reference import PackedMoe, PackedSwiglu, ReferenceOps, finish, refuse, swiglu_float32
 
 HEAD_DIMS = (16, 32, 64, 96, 128)
+VISION_HEAD_DIMS = (16, 32, 64, 80)
+MAX_WINDOW = 128
 MAX_EXPERTS, MAX_TOP_K = 256, 32  # kernels.h
 GROUPS = {"int8": 64, "int4": 32}  # inputs that share a scale in the kernels: gemm_tile.h
 DEPTH = 64  # rows of quantised weights are filled up to a multiple of it
@@ -62,6 +64,12 @@ def pack_rows(weight: QuantizedWeight) -> tuple[Tensor, Tensor]:
     return values.reshape(n, -1).view(torch.uint8).contiguous(), weight.scales.float()[:, columns].contiguous()
 
 
+def two_parts(table: Tensor) -> tuple[Tensor, Tensor]:
+    """float32 as the sum of two bfloat16, to 2^-17 of a value: how a table enters a product of the tensor cores."""
+    high = table.bfloat16().contiguous()
+    return high, (table.float() - high.float()).bfloat16().contiguous()
+
+
 def refusal(weight: Weight) -> str | None:
     """Why grouped_gemm does not take this weight, or None."""
     if not isinstance(weight, QuantizedWeight):
@@ -78,7 +86,9 @@ def refusal(weight: Weight) -> str | None:
 class CudaOps(ReferenceOps):
     """The ops that have a CUDA kernel; see ops/__init__.py for formulas and shapes."""
 
-    IMPLEMENTED = frozenset({"moe_routing", "grouped_gemm", "moe_ffn", "qk_norm_rope_store", "paged_attention"})
+    IMPLEMENTED = frozenset(
+        {"moe_routing", "grouped_gemm", "moe_ffn", "qk_norm_rope_store", "paged_attention", "window_attention"}
+    )
 
     def __init__(self, kernels: ModuleType, name: str) -> None:
         """kernels: pagelens._cuda or pagelens._cuda_sim."""
@@ -94,6 +104,8 @@ class CudaOps(ReferenceOps):
             return f"the CUDA kernels take bfloat16, not {str(case.dtype).removeprefix('torch.')}"
         if case.op == "paged_attention" and sizes.get("head_dim", 128) not in HEAD_DIMS:
             return f"head_dim {sizes['head_dim']} is not one of {', '.join(map(str, HEAD_DIMS))}"
+        if case.op == "window_attention" and sizes.get("head_dim", 64) not in VISION_HEAD_DIMS:
+            return f"head_dim {sizes['head_dim']} is not one of {', '.join(map(str, VISION_HEAD_DIMS))}"
         if case.op == "qk_norm_rope_store" and (sizes.get("head_dim", 128) % 4 or sizes.get("head_dim", 128) > 256):
             return f"head_dim {sizes['head_dim']} is not a multiple of 4 up to 256"
         if sizes.get("num_experts", 1) > MAX_EXPERTS or sizes.get("top_k", 1) > MAX_TOP_K:
@@ -196,6 +208,34 @@ class CudaOps(ReferenceOps):
         )
         scratch = torch.empty(self.kernels.paged_attention_scratch(args), dtype=torch.float32, device=q.device)
         self.kernels.paged_attention(args, scratch.data_ptr(), self._stream())
+        return out
+
+    def window_attention(
+        self, qkv: Tensor, pad_qkv: Tensor, rel_h: Tensor, rel_w: Tensor, num_heads: int, window: int
+    ) -> Tensor:
+        views, grid, _, width = qkv.shape
+        size, head_dim = window or grid, width // (3 * num_heads)
+        if rel_h.shape != (2 * size - 1, head_dim) or rel_w.shape != rel_h.shape or qkv.dtype != torch.bfloat16:
+            refuse("window_attention", f"tables must be [{2 * size - 1}, {head_dim}], qkv bfloat16", qkv, rel_h, rel_w)
+        if head_dim not in VISION_HEAD_DIMS or size > MAX_WINDOW:
+            refuse("window_attention", f"head_dim must be one of {VISION_HEAD_DIMS}, windows up to {MAX_WINDOW}", qkv)
+        qkv, pad_qkv = qkv.contiguous(), pad_qkv.to(qkv.dtype).contiguous()
+        tables = [part for table in (rel_h, rel_w) for part in two_parts(table)]
+        out = torch.empty(views, grid, grid, width // 3, dtype=qkv.dtype, device=qkv.device)
+        self.kernels.window_attention(
+            qkv.data_ptr(),
+            pad_qkv.data_ptr(),
+            *(table.data_ptr() for table in tables),
+            views=views,
+            grid=grid,
+            size=size,
+            across=-(-grid // size),
+            heads=num_heads,
+            head_dim=head_dim,
+            scale=head_dim**-0.5,
+            out=out.data_ptr(),
+            stream=self._stream(),
+        )
         return out
 
     # ---- mixture of experts ----------------------------------------------------------------------------------------

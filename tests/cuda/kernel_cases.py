@@ -13,6 +13,7 @@ from typing import Any
 
 from helpers.simt_build import ROOT
 from ops.cases import SMALL, Case, difference
+from ops.vision_cases import SMALL_VISION
 
 from pagelens.ops.cuda import CudaOps
 from pagelens.ops.reference import ReferenceOps
@@ -33,7 +34,7 @@ def load(path: Path) -> ModuleType:
 
 def shared_cases(ops: CudaOps) -> Iterator[Case]:
     """The small cases that the kernels take. What they refuse is listed by a test of its own."""
-    for case in SMALL:
+    for case in (*SMALL, *SMALL_VISION):
         if case.op in ops.IMPLEMENTED and ops.supports(case.op_case()) is None:
             yield case
 

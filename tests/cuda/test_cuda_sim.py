@@ -15,6 +15,7 @@ import torch
 from cuda.kernel_cases import BUILT, REFERENCE, compare, load, run_tests_with, shared_cases
 from helpers.simt_build import build_extension
 from ops.cases import SMALL, AttentionCase, Paged, noise
+from ops.vision_cases import SMALL_VISION
 
 from pagelens.ops import OpCase
 from pagelens.ops.cuda import CudaOps, pack_rows
@@ -66,13 +67,14 @@ def test_shared_cases(ops: CudaOps, kernels: ModuleType, order: str) -> None:
 
 def test_refusals_name_the_size() -> None:
     ops = CudaOps(ModuleType("no kernels"), "cuda-sim")
-    refused = {ops.supports(case.op_case()) for case in SMALL if case.op in ops.IMPLEMENTED}
+    refused = {ops.supports(case.op_case()) for case in (*SMALL, *SMALL_VISION) if case.op in ops.IMPLEMENTED}
     assert refused == {
         None,
         "the CUDA kernels take bfloat16, not float32",
         "head_dim 22 is not one of 16, 32, 64, 96, 128",
         "head_dim 22 is not a multiple of 4 up to 256",
         "width 77 is not a multiple of 8",
+        *(f"head_dim {d} is not one of 16, 32, 64, 80" for d in (4, 6, 8)),
     }
     many = OpCase("moe_routing", torch.float32, (("num_experts", 512), ("top_k", 8)))
     assert ops.supports(many) == "it takes up to 256 experts and top_k up to 32"

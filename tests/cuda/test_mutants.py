@@ -10,13 +10,15 @@ import pytest
 import torch
 from cuda.kernel_cases import compare, load, run_tests_with
 from helpers.simt_build import build_extension
-from ops.cases import AttentionCase, MoeCase, Paged, RopeCase
+from ops.cases import AttentionCase, Case, MoeCase, Paged, RopeCase
+from ops.vision_cases import WindowAttentionCase
 
 from pagelens.ops.cuda import CudaOps
 
 BF16 = torch.bfloat16
 ATTENTION = AttentionCase(batch=Paged(((1, 600), (3, 90))), heads=4, kv_heads=2, head_dim=64, dtype=BF16)
 MOE = MoeCase(rows=40, width=192, inner=96, shared=0, dtype=BF16)
+WINDOWS = WindowAttentionCase(grid=20, window=14, heads=1, head_dim=64, dtype=BF16)
 ROPE = RopeCase(batch=Paged(((3, 19), (1, 20))), heads=4, kv_heads=2, head_dim=64, norm=True, dtype=BF16)
 
 
@@ -26,11 +28,27 @@ class Mutant:
     file: str
     old: str
     new: str
-    case: AttentionCase | MoeCase | RopeCase
+    case: Case
     found_by: str  # race, stop, wrong, banks
 
 
 MUTANTS = (
+    Mutant(
+        "a barrier removed between the stages",
+        "window_attention.cu",
+        "__syncthreads();  // before the next loads overwrite the stage",
+        "",
+        WINDOWS,
+        "race",
+    ),
+    Mutant(
+        "the padding's row forgotten",
+        "window_attention.cu",
+        "const bf16* row = inside ? w.base + ",
+        "const bf16* row = true ? w.base + ",
+        WINDOWS,
+        "wrong",
+    ),
     Mutant(
         "a removed barrier",
         "grouped_gemm.cu",
@@ -50,9 +68,7 @@ MUTANTS = (
     Mutant(
         "a dropped row predicate", "grouped_gemm.cu", "if (r >= work.rows || c >= a.width) return;", "", MOE, "race"
     ),
-    Mutant(
-        "a dropped mask", "paged_attention.cu", "score = key <= last_key[h] ?", "score = true ?", ATTENTION, "wrong"
-    ),
+    Mutant("a dropped mask", "paged_attention.cu", "key <= last_key[e >> 1] ?", "true ?", ATTENTION, "wrong"),
     Mutant(
         "a barrier of a warp removed",
         "paged_attention.cu",
@@ -106,7 +122,7 @@ MUTANTS = (
 )
 
 
-def what_finds(kernels: ModuleType, case: AttentionCase | MoeCase | RopeCase) -> set[str]:
+def what_finds(kernels: ModuleType, case: Case) -> set[str]:
     kernels.set_options("forward", 7, True)
     found: set[str] = set()
     try:
@@ -122,8 +138,8 @@ def what_finds(kernels: ModuleType, case: AttentionCase | MoeCase | RopeCase) ->
     return found
 
 
-@pytest.mark.parametrize("case", [ATTENTION, MOE, ROPE], ids=lambda case: case.op)
-def test_the_kernels_as_they_are(folder: Path, case: AttentionCase | MoeCase | RopeCase) -> None:
+@pytest.mark.parametrize("case", [ATTENTION, MOE, ROPE, WINDOWS], ids=lambda case: case.op)
+def test_the_kernels_as_they_are(folder: Path, case: Case) -> None:
     assert what_finds(load(build_extension("race", folder)), case) == set()
 
 

@@ -59,6 +59,14 @@ def build(
 EXTENSION = "_cuda_sim"
 
 
+def with_headers(kernel: Path) -> str:
+    """The kernel's text with the tile headers that it includes in their place, so that a mutant may change them too."""
+    text = kernel.read_text()
+    for header in (ROOT / "csrc/cuda").glob("*_tile.h"):
+        text = text.replace(f'#include "cuda/{header.name}"\n', header.read_text().replace("#pragma once\n", ""))
+    return text
+
+
 def build_extension(variant: str, folder: Path, mutants: Mapping[str, tuple[str, str]] | None = None) -> Path:
     """pagelens._cuda_sim in `folder`: all kernels of csrc/cuda, those named in `mutants` with one text replaced.
 
@@ -80,7 +88,7 @@ def build_extension(variant: str, folder: Path, mutants: Mapping[str, tuple[str,
         source, name = kernel, f"{variant}-{kernel.name}"
         if kernel.name in changed:
             old, new = changed[kernel.name]
-            text = kernel.read_text()
+            text = with_headers(kernel)
             if text.count(old) != 1:
                 raise ValueError(f"{kernel.name} holds {old!r} {text.count(old)} times; a mutant changes one place")
             name = f"{variant}-mutant-{abs(hash((old, new)))}-{kernel.name}"
