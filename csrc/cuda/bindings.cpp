@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include <string>
+#include <vector>
 
 #include "cuda/kernels.h"
 #ifndef PAGELENS_CUDA
@@ -110,6 +111,41 @@ void bind_window_attention(py::module_& m) {
       py::call_guard<py::gil_scoped_release>());
 }
 
+void bind_conv_downsample(py::module_& m) {
+  m.def(
+      "conv_downsample",
+      [](Address x, int views, int side, int width, int neck, int down1, int down2, const std::vector<Address>& weights,
+         float eps, Address sums, Address map, Address half_map, Address out, Address stream) {
+        if (weights.size() != 8) throw py::value_error("conv_downsample takes 8 weights");
+        const auto w = [&](int i) { return at<const bf16>(weights[i]); };
+        py::gil_scoped_release release;
+        conv_downsample({at<const bf16>(x),
+                         views,
+                         side,
+                         width,
+                         neck,
+                         down1,
+                         down2,
+                         w(0),
+                         w(1),
+                         w(2),
+                         w(3),
+                         w(4),
+                         w(5),
+                         w(6),
+                         w(7),
+                         eps,
+                         at<float>(sums),
+                         at<bf16>(map),
+                         at<bf16>(half_map),
+                         at<bf16>(out)},
+                        stream_of(stream));
+      },
+      py::arg("x"), py::arg("views"), py::arg("side"), py::arg("width"), py::arg("neck"), py::arg("down1"),
+      py::arg("down2"), py::arg("weights"), py::arg("eps"), py::arg("sums"), py::arg("map"), py::arg("half_map"),
+      py::arg("out"), py::arg("stream"));
+}
+
 void bind_grouped_gemm(py::module_& m) {
   m.def(
       "grouped_gemm",
@@ -169,6 +205,7 @@ PYBIND11_MODULE(PAGELENS_MODULE, m) {
   bind_rope(m);
   bind_attention(m);
   bind_window_attention(m);
+  bind_conv_downsample(m);
   bind_grouped_gemm(m);
 #ifndef PAGELENS_CUDA
   bind_simulator(m);

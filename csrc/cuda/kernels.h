@@ -79,6 +79,20 @@ struct WindowAttentionArgs {
 };
 void window_attention(const WindowAttentionArgs& args, Stream stream);
 
+// x [views, side, side, width] -> out [views, side / 4, side / 4, down2], sides rounded up. Weights of the 3x3
+// convolutions are [filters, 9 * channels] with k = tap * channels + channel. Scratch: sums [views, side, side, neck]
+// float32, map [views, side, side, neck], half_map [views, side / 2, side / 2, down1].
+struct ConvDownsampleArgs {
+  const bf16* x;
+  int views, side, width, neck, down1, down2;
+  const bf16 *conv1_weight, *norm1_weight, *norm1_bias, *conv2_weight, *norm2_weight, *norm2_bias, *down1_weight,
+      *down2_weight;
+  float eps;
+  float* sums;
+  bf16 *map, *half_map, *out;
+};
+void conv_downsample(const ConvDownsampleArgs& args, Stream stream);
+
 // The routed experts. x [tokens, width] bf16 -> y [tokens, width] float32. gate_up [experts, 2 * inner, width]: rows
 // 2 i and 2 i + 1 are row i of gate and of up; down [experts, width, inner]. Weights are bf16, int8 or int4; see
 // grouped_gemm.cu for the layout of scales. hidden [tokens * top_k, inner] bf16 and parts [tokens * top_k, width]

@@ -19,10 +19,21 @@ from torch.nn import functional
 from ..quantization import QuantizedWeight, Weight
 from . import OpCase, RopeTable, Routing
 from .reference import PackedMoe, PackedSwiglu, ReferenceOps, finish, refuse, swiglu_float32
+from .reference_vision import PackedConvDownsample
 
 HEAD_DIMS = (16, 32, 64, 96, 128)
 VISION_HEAD_DIMS = (16, 32, 64, 80)
 MAX_WINDOW = 128
+CONV_ORDER = (  # of the weights in kernels.h
+    "conv1",
+    "norm1_weight",
+    "norm1_bias",
+    "conv2",
+    "norm2_weight",
+    "norm2_bias",
+    "down1",
+    "down2",
+)
 MAX_EXPERTS, MAX_TOP_K = 256, 32  # kernels.h
 GROUPS = {"int8": 64, "int4": 32}  # inputs that share a scale in the kernels: gemm_tile.h
 DEPTH = 64  # rows of quantised weights are filled up to a multiple of it
@@ -70,6 +81,11 @@ def two_parts(table: Tensor) -> tuple[Tensor, Tensor]:
     return high, (table.float() - high.float()).bfloat16().contiguous()
 
 
+def taps_first(kernel: Tensor) -> Tensor:
+    """[F, C, h, w] -> [F, h * w * C]: how an implicit GEMM walks over a kernel."""
+    return kernel.permute(0, 2, 3, 1).flatten(1).contiguous()
+
+
 def refusal(weight: Weight) -> str | None:
     """Why grouped_gemm does not take this weight, or None."""
     if not isinstance(weight, QuantizedWeight):
@@ -87,7 +103,15 @@ class CudaOps(ReferenceOps):
     """The ops that have a CUDA kernel; see ops/__init__.py for formulas and shapes."""
 
     IMPLEMENTED = frozenset(
-        {"moe_routing", "grouped_gemm", "moe_ffn", "qk_norm_rope_store", "paged_attention", "window_attention"}
+        {
+            "moe_routing",
+            "grouped_gemm",
+            "moe_ffn",
+            "qk_norm_rope_store",
+            "paged_attention",
+            "window_attention",
+            "conv_downsample",
+        }
     )
 
     def __init__(self, kernels: ModuleType, name: str) -> None:
@@ -110,7 +134,7 @@ class CudaOps(ReferenceOps):
             return f"head_dim {sizes['head_dim']} is not a multiple of 4 up to 256"
         if sizes.get("num_experts", 1) > MAX_EXPERTS or sizes.get("top_k", 1) > MAX_TOP_K:
             return f"it takes up to {MAX_EXPERTS} experts and top_k up to {MAX_TOP_K}"
-        for name in ("width", "intermediate"):
+        for name in ("width", "intermediate", "neck"):
             if sizes.get(name, 8) % 8:
                 return f"{name} {sizes[name]} is not a multiple of 8"
         return None
@@ -237,6 +261,40 @@ class CudaOps(ReferenceOps):
             stream=self._stream(),
         )
         return out
+
+    def pack_conv_downsample(self, weights: dict[str, Tensor]) -> PackedConvDownsample:
+        """The 3x3 kernels [F, C, 3, 3] become [F, 9 * C], the channels of a tap together; the rest stays."""
+        flat = {name: taps_first(w) if w.ndim == 4 else w.contiguous() for name, w in weights.items()}
+        return PackedConvDownsample(**flat)
+
+    def conv_downsample(self, x: Tensor, neck: PackedConvDownsample, eps: float) -> Tensor:
+        parts = [getattr(neck, name) for name in CONV_ORDER]
+        views, side, _, width = x.shape
+        channels, down1, down2 = (w.shape[0] for w in (neck.conv1, neck.down1, neck.down2))
+        if width != neck.conv1.shape[1] or x.dtype != torch.bfloat16 or any(w.dtype != x.dtype for w in parts):
+            refuse("conv_downsample", f"x must be [B, G, G, {neck.conv1.shape[1]}] bfloat16, weights alike", x)
+        if any(size % 8 for size in (width, channels, down1)):
+            refuse("conv_downsample", "channels must be multiples of 8", x, neck.conv2)
+        half, quarter = (side + 1) // 2, ((side + 1) // 2 + 1) // 2
+        x = x.contiguous()
+        sums = torch.empty(views, side, side, channels, device=x.device)
+        made = [(side, channels), (half, down1), (quarter, down2)]
+        maps = [torch.empty(views, s, s, c, dtype=x.dtype, device=x.device) for s, c in made]
+        self.kernels.conv_downsample(
+            x.data_ptr(),
+            views,
+            side,
+            width,
+            channels,
+            down1,
+            down2,
+            [w.data_ptr() for w in parts],
+            eps,
+            sums.data_ptr(),
+            *(m.data_ptr() for m in maps),
+            self._stream(),
+        )
+        return maps[-1]
 
     # ---- mixture of experts ----------------------------------------------------------------------------------------
     def pack_moe(

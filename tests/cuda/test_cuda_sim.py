@@ -74,6 +74,7 @@ def test_refusals_name_the_size() -> None:
         "head_dim 22 is not one of 16, 32, 64, 96, 128",
         "head_dim 22 is not a multiple of 4 up to 256",
         "width 77 is not a multiple of 8",
+        "width 13 is not a multiple of 8",
         *(f"head_dim {d} is not one of 16, 32, 64, 80" for d in (4, 6, 8)),
     }
     many = OpCase("moe_routing", torch.float32, (("num_experts", 512), ("top_k", 8)))
