@@ -4,10 +4,11 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/pip --disable-pip-version-check
 STAMP  := $(VENV)/.installed
-NATIVE := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h)
+NATIVE := $(filter-out csrc/tests/%,$(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h))
 CPP    := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 
-.PHONY: setup demo test test-slow lint bench format clean
+.PHONY: setup demo test test-slow test-gpu sanitize test-aarch64 lint bench bench-gpu bench-peers setup-peers format \
+	clean
 
 setup: $(STAMP)
 
@@ -30,6 +31,16 @@ test-slow: $(STAMP)
 	$(PIP) install -q --no-deps -r tests/requirements-slow.txt
 	$(BIN)/python -m pytest -m slow -s
 
+# The C++ test programs of csrc/tests over all kernels and the thread pool, under three sanitizers. Needs no .venv.
+sanitize:
+	$(PYTHON) tools/native_tests.py --sanitize address
+	$(PYTHON) tools/native_tests.py --sanitize thread
+
+# The same programs without a sanitizer, compiled for aarch64 and run by qemu (on Debian: g++-12-aarch64-linux-gnu and
+# qemu-user-static).
+test-aarch64:
+	$(PYTHON) tools/native_tests.py --target aarch64
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -43,6 +54,31 @@ format: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m pytest benchmarks/bench_ops.py --benchmark-enable --benchmark-only
+
+# pagelens beside llama.cpp, OpenVINO, transformers and torch (docs/performance.md). ROWS='qwen3-decode,op-*' measures
+# these rows only; PEERS_OPTIONS are options of benchmarks/peers/run.py, such as --table or --prepare.
+bench-peers: $(STAMP) .venv-peers/.installed .venv-peers-torch/.installed
+	$(BIN)/python -m benchmarks.peers.run --rows '$(ROWS)' $(PEERS_OPTIONS)
+
+setup-peers: .venv-peers/.installed .venv-peers-torch/.installed
+
+.venv-peers/.installed: benchmarks/peers/requirements.txt
+	test -x .venv-peers/bin/python || $(PYTHON) -m venv .venv-peers
+	CMAKE_ARGS=-DGGML_NATIVE=ON .venv-peers/bin/pip --disable-pip-version-check install -q -r $<
+	touch $@
+
+.venv-peers-torch/.installed: benchmarks/peers/requirements-torch.txt
+	test -x .venv-peers-torch/bin/python || $(PYTHON) -m venv .venv-peers-torch
+	.venv-peers-torch/bin/pip --disable-pip-version-check install -q -r $<
+	touch $@
+
+# On a card: the case list against the reference. DRY=1 needs none, and compares nothing.
+test-gpu: $(STAMP)
+	PAGELENS_TEST_GPU=$(if $(DRY),dry,card) $(BIN)/python -m pytest tests/gpu/device -q
+
+# On a card: every workload of the GPU kernels beside the card's own copy and product. DRY=1 needs none and times nothing.
+bench-gpu: $(STAMP)
+	$(BIN)/python benchmarks/bench_gpu.py $(if $(DRY),--dry-run)
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

@@ -143,7 +143,7 @@ class BuildNative(build_ext):
         include = ["-I", str(CSRC), "-I", pybind11.get_include(), "-I", sysconfig.get_paths()["include"]]
         have = [f"-DPAGELENS_HAS_{name.upper()}" for name in sets]
         jobs: list[tuple[list[str], Path]] = []
-        for source in [CSRC / "bindings.cpp", *sorted((CSRC / "common").glob("*.cpp"))]:
+        for source in [*sorted(CSRC.glob("*.cpp")), *sorted((CSRC / "common").glob("*.cpp"))]:
             chosen = have if source.stem == "cpu_features" else []
             jobs.append(self.job(source, OBJECTS / "common", [*CXX_FLAGS, *include, *chosen]))
         for name, flags in sets.items():
@@ -214,7 +214,7 @@ PACKAGES = [
 setup(
     package_dir={"pagelens": "engine", "pagelens.kernels": "kernels"},
     packages=PACKAGES,
-    package_data={"pagelens": ["py.typed", "*.pyi", "assets/**/*"]},
+    package_data={"pagelens": ["py.typed", "*.pyi", "assets/**/*"], "pagelens.kernels": ["configs/*.json"]},
     exclude_package_data={"pagelens": ["*.so"]},
     ext_modules=[
         Extension("pagelens._native", [str(path) for path in sorted(CSRC.glob("**/*.cpp"))]),

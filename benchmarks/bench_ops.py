@@ -5,6 +5,8 @@
 Besides pytest-benchmark's table (which can be stored and compared) a second one is printed with bytes and operations a
 second. GB/s counts what must be read and written once. "torch" is torch's own op on the same inputs and threads where
 there is one, measured in turns with ours; medians of both. Nothing is done against other load on the machine.
+"of peak" is GFLOP/s as a share of what the instruction that the kernels multiply with reaches in registers, on as many
+threads just after ours (probe_flops); rows of few operations are bound by memory and have a small one.
 Quantised weights are read from memory (copies take turns) and stand beside "of read": their GB/s as a share of what
 the C library's memchr reads with as many threads, in turns with ours. It is a yardstick, not a limit.
 """
@@ -34,6 +36,7 @@ from ops.vision_cases import (
 )
 from torch.nn import functional
 
+from pagelens import _native
 from pagelens.ops.native import NativeOps
 from pagelens.ops.reference import ReferenceOps
 
@@ -57,7 +60,7 @@ def native() -> Iterator[NativeOps]:
 
 @pytest.fixture(scope="module")
 def report(native: NativeOps, request: pytest.FixtureRequest) -> Iterator[list[tuple[str, ...]]]:
-    rows: list[tuple[str, ...]] = [("op", "median us", "GB/s", "GFLOP/s", "torch us", "speedup", "of read")]
+    rows: list[tuple[str, ...]] = [("op", "median us", "GB/s", "GFLOP/s", "of peak", "torch us", "speedup", "of read")]
     yield rows
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
@@ -149,6 +152,19 @@ def read_probe(native: NativeOps) -> Iterator[Callable[[], Any]]:
         yield lambda: list(pool.map(read, buffers))
 
 
+def peak_flops(case: Case, native: NativeOps) -> Callable[[], float]:
+    """Operations a second of the instruction that the case is multiplied with, as a call of a few milliseconds."""
+    kind = "float32" if case.dtype == torch.float32 else "bfloat16"
+    recipe = getattr(case, "recipe", None)
+    if recipe is not None and recipe.activation == "int8":
+        kind = "int8"
+    return lambda: _native.probe_flops(native._pool, kind, 0.003, 1)[0]
+
+
+def of_peak(case: Case, native: NativeOps, seconds: float) -> str:
+    return f"{case.flops() / seconds / statistics.median(peak_flops(case, native)() for _ in range(5)):.0%}"
+
+
 def in_turns(*calls: Callable[[], Any]) -> list[float]:
     """Median seconds of each call; they take turns, so that a slow moment of the machine meets all of them."""
     times: list[list[float]] = [[] for _ in calls]
@@ -178,6 +194,7 @@ def test_speed(case: Case, native: NativeOps, benchmark: Any, report: list[tuple
             f"{ours * 1e6:.1f}",
             f"{case.bytes() / ours / 1e9:.1f}",
             f"{case.flops() / ours / 1e9:.1f}",
+            of_peak(case, native, ours),
             f"{theirs[0] * 1e6:.1f}" if theirs else "",
             f"{theirs[0] / ours:.2f}" if theirs else "",
             "",
@@ -211,6 +228,7 @@ def test_speed_of_quantised_weights(
             f"{ours * 1e6:.1f}",
             f"{rate:.1f}",
             f"{case.flops() / ours / 1e9:.1f}",
+            of_peak(case, native, ours),
             "",
             "",
             f"{rate / of_read:.0%} of {of_read:.1f}",

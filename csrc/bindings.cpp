@@ -1,5 +1,7 @@
-// The module pagelens._native: the only file that knows Python. Tensors come as addresses, sizes and strides that
-// engine/ops/native.py has checked; the GIL is released while a kernel runs.
+// The module pagelens._native: only the files of bindings know Python. Tensors come as addresses, sizes and strides
+// that engine/ops/native.py has checked; the GIL is released while a kernel runs.
+#include "bindings.h"
+
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -30,14 +32,6 @@ using Matrix = std::tuple<Address, int64_t, int64_t, int64_t, int>;
 
 Rows rows(const Matrix& m) {
   return {at<void>(std::get<0>(m)), std::get<1>(m), std::get<2>(m), std::get<3>(m), static_cast<DType>(std::get<4>(m))};
-}
-
-// Runs a kernel with the pool locked. The GIL goes first: a thread that waits for the pool must not hold it.
-template <class F>
-auto locked(ThreadPool& pool, F&& f) {
-  py::gil_scoped_release release;
-  const auto held = pool.lock();
-  return f();
 }
 
 // The calls of one decode step, to be made again without Python: same sizes, same addresses, other contents.
@@ -224,7 +218,7 @@ std::shared_ptr<WeightBuffer> mapped(Address address, size_t bytes, size_t neede
 }
 
 template <class T>
-void bind_memory(py::class_<T>& type) {
+void bind_address(py::class_<T>& type) {
   type.def_property_readonly("num_bytes", [](const T& self) { return self.memory->size(); });
   type.def_property_readonly(
       "address", [](const T& self) { return reinterpret_cast<Address>(self.memory->data()); },
@@ -235,9 +229,9 @@ void bind_packing(py::module_& m) {
   py::class_<Linear> linear(m, "Linear");
   py::class_<Swiglu> swiglu(m, "Swiglu");
   py::class_<Moe> moe(m, "Moe");
-  bind_memory(linear);
-  bind_memory(swiglu);
-  bind_memory(moe);
+  bind_address(linear);
+  bind_address(swiglu);
+  bind_address(moe);
   m.def("pack_linear", [](ThreadPool& pool, const Shape& shape, const Content& content) {
     const LinearShape s = linear_shape(shape);
     return locked(pool, [&] {
@@ -314,40 +308,66 @@ void bind_rows(py::module_& m) {
         });
 }
 
+// A layer of the KV-cache: (keys, values, key scales, value scales, num_blocks, block_size, num_kv_heads, head_dim);
+// the scales are 0 unless it is an int8 cache.
+using Cache = std::tuple<Address, Address, Address, Address, int64_t, int64_t, int64_t, int64_t>;
+
+void bind_sample(py::module_& m) {
+  m.def("sample", [](ThreadPool& pool, const Matrix& logits, Address cuts, Address tokens) {
+    const SampleArgs args{rows(logits), at<SampleCut>(cuts), at<int32_t>(tokens)};
+    locked(pool, [&] { kernels().sample(pool, args); });
+  });
+}
+
 void bind_attention(py::module_& m) {
-  m.def("qk_norm_rope_store",
-        [](ThreadPool& pool, const Matrix& qkv, Address positions, Address slots, Address cos, Address sin,
-           int64_t num_positions, Address keys, Address values, int64_t num_slots, int64_t num_heads,
-           int64_t num_kv_heads, int64_t head_dim, Address q_norm, Address k_norm, float eps, const Matrix& out) {
-          const RopeArgs args{rows(qkv),        at<int32_t>(positions), at<int32_t>(slots),
-                              at<float>(cos),   at<float>(sin),         num_positions,
-                              at<void>(keys),   at<void>(values),       num_slots,
-                              num_heads,        num_kv_heads,           head_dim,
-                              at<void>(q_norm), at<void>(k_norm),       eps,
-                              rows(out)};
-          return run_op(pool, [&pool, args] { return kernels().qk_norm_rope_store(pool, args); });
-        });
-  m.def("paged_attention",
-        [](ThreadPool& pool, const Matrix& q, Address keys, Address values, int64_t num_blocks, int64_t block_size,
-           int64_t num_heads, int64_t num_kv_heads, int64_t head_dim, Address block_tables, int64_t max_blocks,
-           Address query_starts, Address context_lens, int64_t num_sequences, float scale, const Matrix& out) {
-          const AttentionArgs args{rows(q),
-                                   rows(out),
-                                   at<void>(keys),
-                                   at<void>(values),
-                                   num_blocks,
-                                   block_size,
-                                   num_heads,
-                                   num_kv_heads,
-                                   head_dim,
-                                   at<int32_t>(block_tables),
-                                   max_blocks,
-                                   at<int32_t>(query_starts),
-                                   at<int32_t>(context_lens),
-                                   num_sequences,
-                                   scale};
-          return run_op(pool, [&pool, args] { return kernels().paged_attention(pool, args); });
-        });
+  m.def("qk_norm_rope_store", [](ThreadPool& pool, const Matrix& qkv, Address positions, Address slots, Address cos,
+                                 Address sin, int64_t num_positions, const Cache& cache, int64_t num_heads,
+                                 Address q_norm, Address k_norm, float eps, const Matrix& out) {
+    const auto [keys, values, key_scales, value_scales, num_blocks, block_size, num_kv_heads, head_dim] = cache;
+    const RopeArgs args{rows(qkv),
+                        at<int32_t>(positions),
+                        at<int32_t>(slots),
+                        at<float>(cos),
+                        at<float>(sin),
+                        num_positions,
+                        at<void>(keys),
+                        at<void>(values),
+                        at<float>(key_scales),
+                        at<float>(value_scales),
+                        num_blocks,
+                        block_size,
+                        num_heads,
+                        num_kv_heads,
+                        head_dim,
+                        at<void>(q_norm),
+                        at<void>(k_norm),
+                        eps,
+                        rows(out)};
+    return run_op(pool, [&pool, args] { return kernels().qk_norm_rope_store(pool, args); });
+  });
+  m.def("paged_attention", [](ThreadPool& pool, const Matrix& q, const Cache& cache, int64_t num_heads,
+                              Address block_tables, int64_t max_blocks, Address query_starts, Address context_lens,
+                              int64_t num_sequences, float scale, const Matrix& out) {
+    const auto [keys, values, key_scales, value_scales, num_blocks, block_size, num_kv_heads, head_dim] = cache;
+    const AttentionArgs args{rows(q),
+                             rows(out),
+                             at<void>(keys),
+                             at<void>(values),
+                             at<float>(key_scales),
+                             at<float>(value_scales),
+                             num_blocks,
+                             block_size,
+                             num_heads,
+                             num_kv_heads,
+                             head_dim,
+                             at<int32_t>(block_tables),
+                             max_blocks,
+                             at<int32_t>(query_starts),
+                             at<int32_t>(context_lens),
+                             num_sequences,
+                             scale};
+    return run_op(pool, [&pool, args] { return kernels().paged_attention(pool, args); });
+  });
 }
 
 void bind_window_attention(py::module_& m) {
@@ -449,8 +469,11 @@ PYBIND11_MODULE(_native, m) {
   bind_program(m);
   bind_packing(m);
   bind_rows(m);
+  bind_sample(m);
   bind_attention(m);
   bind_products(m);
   bind_window_attention(m);
   bind_convolutions(m);
+  bind_memory(m);
+  bind_probe(m);
 }

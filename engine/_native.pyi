@@ -1,4 +1,4 @@
-"""Types of the extension built from csrc/bindings.cpp. Addresses are Tensor.data_ptr(); 0 stands for none."""
+"""Types of the extension built from csrc/bindings*.cpp. Addresses are Tensor.data_ptr(); 0 stands for none."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ import numpy.typing as npt
 
 # (address, rows, columns, row stride in elements, 0 float32 | 1 bfloat16)
 Matrix = tuple[int, int, int, int, int]
+# (keys, values, key scales, value scales, num_blocks, block_size, num_kv_heads, head_dim): a layer of the KV-cache; the
+# scales are 0 unless it is an int8 cache
+Cache = tuple[int, int, int, int, int, int, int, int]
 
 class ThreadPool:
     def __init__(self, num_threads: int) -> None: ...
@@ -51,6 +54,14 @@ class Moe:
     @property
     def address(self) -> int: ...
 
+class CopiedWeights:
+    """Bytes of packed weights in memory of their own, which goes with this object: what map_* takes."""
+
+    @property
+    def num_bytes(self) -> int: ...
+    @property
+    def address(self) -> int: ...
+
 def isa() -> str: ...
 def compiled_isas() -> list[str]: ...
 def supported_isas() -> list[str]: ...
@@ -67,6 +78,9 @@ def quantize(pool: ThreadPool, weight: Matrix, format: int, values: int, scales:
 def map_linear(shape: Shape, address: int, num_bytes: int, /) -> Linear: ...
 def map_swiglu(gate_up: Shape, down: Shape, address: int, num_bytes: int, /) -> Swiglu: ...
 def map_moe(count: int, gate_up: Shape, down: Shape, shared: Swiglu | None, address: int, num_bytes: int, /) -> Moe: ...
+def copy_weights(pool: ThreadPool, address: int, num_bytes: int, /) -> CopiedWeights:
+    """Copy a packed tensor into huge pages, with all threads. Raises MemoryError."""
+
 def embedding(pool: ThreadPool, ids: int, table: Matrix, out: Matrix, /) -> int: ...
 def rms_norm(pool: ThreadPool, x: Matrix, weight: int, eps: float, out: Matrix, /) -> None: ...
 def layer_norm(pool: ThreadPool, x: Matrix, weight: int, bias: int, eps: float, out: Matrix, /) -> None: ...
@@ -78,12 +92,8 @@ def qk_norm_rope_store(
     cos: int,
     sin: int,
     num_positions: int,
-    keys: int,
-    values: int,
-    num_slots: int,
+    cache: Cache,
     num_heads: int,
-    num_kv_heads: int,
-    head_dim: int,
     q_norm: int,
     k_norm: int,
     eps: float,
@@ -93,13 +103,8 @@ def qk_norm_rope_store(
 def paged_attention(
     pool: ThreadPool,
     q: Matrix,
-    keys: int,
-    values: int,
-    num_blocks: int,
-    block_size: int,
+    cache: Cache,
     num_heads: int,
-    num_kv_heads: int,
-    head_dim: int,
     block_tables: int,
     max_blocks: int,
     query_starts: int,
@@ -188,3 +193,21 @@ def moe_ffn(
     out: Matrix,
     /,
 ) -> None: ...
+
+# ---- probes: what the machine gives at this moment, on all threads of the pool
+def probe_bandwidth(pool: ThreadPool, num_bytes: int = 2**30, repeats: int = 3) -> list[float]:
+    """Bytes a second of reading `num_bytes` (rounded up to MiB; far more than the caches hold) once, `repeats` times.
+
+    Each thread reads one linear stream in huge pages, as decoding reads weights. The memory is freed afterwards.
+    Raises ValueError outside 2^20..2^40 bytes and 1..10000 repeats, MemoryError if there is no such memory.
+    """
+
+def probe_flops(pool: ThreadPool, kind: str, seconds: float = 0.1, repeats: int = 3) -> list[float]:
+    """Operations a second (a multiplication and an addition are two) of about `seconds` in registers, `repeats` times.
+
+    kind  "float32": FMA; "bfloat16": VDPBF16PS, and FMA on sets without it; "int8": VPDPBUSD, without VNNI 16-bit
+          products and additions. That is, the instruction that the kernels of the instruction set in use multiply with.
+    Raises ValueError for another kind, and outside 0..60 seconds and 1..10000 repeats.
+    """
+
+def sample(pool: ThreadPool, logits: Matrix, cuts: int, tokens: int, /) -> None: ...

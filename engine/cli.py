@@ -1,4 +1,4 @@
-"""The `pagelens` command: read, generate, chat, quantize, doctor, modes, bench. Parses arguments, others do the work.
+"""The `pagelens` command: read, generate, chat, quantize, doctor, tune, modes, bench. Only parses; others do the work.
 
 stdout carries results only (Markdown, or JSON with --json); notes, progress and errors go to stderr. Exit status 0: all
 done; 1: the output could not be written (a broken pipe, a full disk); 2: an input or option was refused (other inputs
@@ -12,14 +12,15 @@ import dataclasses
 import errno
 import json
 import os
+import re
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from . import __version__
 from .errors import ConfigError, PagelensError
 
-MAX_SIDE = 20_000  # pixels of a page that --size may ask for
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 EXIT_OK, EXIT_PIPE, EXIT_REFUSED, EXIT_INTERRUPTED = 0, 1, 2, 130
 
@@ -53,8 +54,41 @@ def discard_stdout() -> None:
 
 def complain(message: str) -> int:
     """Print one line on stderr and return the status of a refused input."""
-    print(f"pagelens: {' '.join(message.split())}", file=sys.stderr)
+    print(f"pagelens: {as_typed(' '.join(message.split()))}", file=sys.stderr)
     return EXIT_REFUSED
+
+
+# Parameters of the library by the options that set them.
+OPTION_OF = {
+    "backend": "--backend",
+    "dtype": "--dtype",
+    "low_memory": "--low-memory",
+    "max_crops": "--max-crops",
+    "max_tokens": "--max-tokens",
+    "num_threads": "--threads",
+    "random_weights": "--random-weights",
+    "seed": "--seed",
+    "temperature": "--temperature",
+    "thinking_budget": "--thinking-budget",
+    "use_mmap": "--mmap",
+    "weights": "--weights",
+}
+_NAMES = "|".join(OPTION_OF)
+# NAME=VALUE, or SamplingParams.NAME; not within a path or a longer word.
+_PARAMETER = re.compile(
+    rf"(?<![\w./-])(?:({_NAMES})=(True|False|'[\w.-]*'|-?\d+(?:\.\d+)?)(?![\w./-]\w|\w)|SamplingParams\.({_NAMES})\b)"
+)
+
+
+def as_typed(message: str) -> str:
+    """A message of the library with its parameters called as the command line calls them."""
+
+    def option(match: re.Match[str]) -> str:
+        name, value, field = match.groups()
+        typed = OPTION_OF[name or field]
+        return typed if value in (None, "True") else f"{typed} {value.strip(chr(39))}"
+
+    return _PARAMETER.sub(option, message).replace("must be None or a", "must be a")
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -70,7 +104,9 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     read = commands.add_parser("read", help="read page images and print Markdown")
-    read.add_argument("files", nargs="+", metavar="FILE", help="page image (PNG, JPEG, WEBP, TIFF, BMP, GIF)")
+    read.add_argument(
+        "files", nargs="+", metavar="FILE", help="page image (PNG, JPEG, WEBP, TIFF, BMP, GIF); - is standard input"
+    )
     add_engine_options(read)
     read.add_argument("--mode", help="tiny, small, base, large, gundam, gundam-master; default: the checkpoint's")
     read.add_argument("--prompt", help="prompt text, or the name of one of the checkpoint's prompts")
@@ -124,32 +160,44 @@ def build_parser() -> argparse.ArgumentParser:
     quantize.set_defaults(run=run_quantize)
 
     doctor = commands.add_parser("doctor", help="show the machine and which kernels would be used")
-    doctor.add_argument("--backend", default="auto", choices=("auto", "reference", "native"))
+    doctor.add_argument("--backend", default="auto", choices=("auto", "reference", "native", "triton"))
     doctor.add_argument("--json", action="store_true", help="print JSON")
     doctor.set_defaults(run=run_doctor)
+
+    tune = commands.add_parser("tune", help="measure tile sizes of the GPU kernels on this card and keep the best")
+    tune.add_argument("--dry-run", action="store_true", help="run through it without a GPU and write nothing real")
+    tune.add_argument("--repeats", type=int, default=20, help="timed calls of a candidate; the median counts")
+    tune.add_argument("--output", metavar="DIR", help="folder of the file; default: the package's own kernels/configs")
+    tune.set_defaults(run=run_tune)
 
     modes = commands.add_parser("modes", help="list page modes and what a page costs in each")
     modes.add_argument("--model", help="checkpoint folder or hub id; default: the published DeepSeek-OCR")
     modes.add_argument("--size", default="1240x1754", help="width x height of the page in pixels; default: 1240x1754")
     modes.set_defaults(run=run_modes)
 
-    bench = commands.add_parser("bench", help="time one page by stage, or a text model, with peak memory")
+    bench = commands.add_parser(
+        "bench",
+        help="time a page by stage, or a text model, with memory",
+        description="Prints the time to load, of pages by stage or of prefill and decoding, memory, and the machine's "
+        "limits probed beside it; JSON as the last line.",
+    )
     add_engine_options(bench)
     bench.add_argument("--tokens", type=int, default=32, help="tokens to decode (the end mark is ignored); default: 32")
+    bench.add_argument("--repeats", type=int, default=3, help="pages, or prefills, that are timed; default: 3")
+    bench.add_argument("--batch", default="1", metavar="N,N", help="pages or sequences decoded together; default: 1")
+    bench.add_argument("--plot", metavar="FILE", help="write latency and roofline charts (.png, .svg, .pdf)")
     page = bench.add_argument_group("page models")
     page.add_argument("--image", metavar="FILE", help="page to read; default: a generated one of --size")
-    page.add_argument("--size", default="1240x1754", help="width x height of the generated page; default: 1240x1754")
+    page.add_argument("--size", help="width x height of the generated page; default: 1240x1754")
     page.add_argument("--mode", help="as for read")
     page.add_argument("--max-crops", type=int, help="as for read")
     text = bench.add_argument_group("text models")
+    text.add_argument("--prompt-tokens", type=int, help="prompt of the prefill that is timed; default: 512")
     text.add_argument(
-        "--prompt-tokens", type=int, default=512, help="prompt of the prefill that is timed; default: 512"
+        "--depth",
+        metavar="N,N",
+        help="tokens in the cache before decoding is timed; default: 0,512,4096, as far as the model goes",
     )
-    text.add_argument("--repeats", type=int, default=3, help="prefills; the median counts; default: 3")
-    text.add_argument(
-        "--depth", default="0,512", metavar="N,N", help="tokens in the cache before decoding is timed; default: 0,512"
-    )
-    text.add_argument("--batch", default="1", metavar="N,N", help="sequences decoded together; default: 1")
     bench.set_defaults(run=run_bench)
     return parser
 
@@ -163,15 +211,30 @@ def add_sampling_options(parser: argparse.ArgumentParser, default: str) -> None:
 def add_engine_options(parser: argparse.ArgumentParser, needs_model: bool = False) -> None:
     default = "" if needs_model else "; default: the small built-in reader"
     parser.add_argument("--model", required=needs_model, help="checkpoint folder or hub id" + default)
-    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
-    parser.add_argument("--backend", default="auto", choices=("auto", "reference", "native"))
+    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="cuda: an NVIDIA or AMD GPU")
+    parser.add_argument("--backend", default="auto", choices=("auto", "reference", "native", "triton"))
     parser.add_argument(
         "--weights",
         default="auto",
         choices=("auto", "int8", "int4"),
-        help="quantise the decoder as it is read; auto: not",
+        help="quantise linear layers as they are read; auto: not",
+    )
+    parser.add_argument(
+        "--kv-cache-dtype",
+        default="auto",
+        choices=("auto", "int8"),
+        help="how keys and values are kept; auto: as the activations",
     )
     parser.add_argument("--threads", type=int, help="threads of the native kernels; default: one a physical core")
+    parser.add_argument(
+        "--mmap",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="use a folder of `pagelens quantize` where it is mapped; --no-mmap copies it into huge pages: starts "
+        "later, decodes faster",
+    )
+    parser.add_argument("--low-memory", action="store_true", help="free the vision towers between pages")
     parser.add_argument(
         "--random-weights", action="store_true", help="noise for weights: --model is a preset or needs only config.json"
     )
@@ -180,10 +243,14 @@ def add_engine_options(parser: argparse.ArgumentParser, needs_model: bool = Fals
 def engine_options(args: argparse.Namespace) -> dict[str, Any]:
     return {
         "dtype": args.dtype,
+        "device": args.device,
         "backend": args.backend,
         "weights": args.weights,
+        "kv_cache_dtype": args.kv_cache_dtype,
         "num_threads": args.threads,
         "random_weights": args.random_weights,
+        "use_mmap": args.mmap,
+        "low_memory": args.low_memory,
     }
 
 
@@ -231,7 +298,20 @@ def run_doctor(args: argparse.Namespace) -> int:
     return EXIT_OK
 
 
+def run_tune(args: argparse.Namespace) -> int:
+    from .tune import CudaTimer, DryTimer, tune, write
+
+    if args.repeats < 1:
+        raise ConfigError(f"--repeats {args.repeats} must be at least 1")
+    if args.dry_run and not args.output:
+        raise ConfigError("--dry-run needs --output DIR: its times are made up and must not replace a real file")
+    found = tune(DryTimer() if args.dry_run else CudaTimer(), args.repeats)
+    print(write(found, Path(args.output) if args.output else None))
+    return EXIT_OK
+
+
 def run_modes(args: argparse.Namespace) -> int:
+    from .config import parse_size
     from .doctor import examine_modes
 
     width, height = parse_size(args.size)
@@ -244,24 +324,28 @@ def run_modes(args: argparse.Namespace) -> int:
     return EXIT_OK
 
 
-def parse_size(text: str) -> tuple[int, int]:
-    """WIDTHxHEIGHT as integers. Raises ConfigError."""
-    try:
-        width, height = (int(part) for part in text.lower().split("x"))
-    except ValueError:
-        raise ConfigError(f"--size must be WIDTHxHEIGHT in pixels, such as 1240x1754; got {text!r}") from None
-    if not (1 <= width <= MAX_SIDE and 1 <= height <= MAX_SIDE):
-        raise ConfigError(f"--size {text}: both sides must be between 1 and {MAX_SIDE} pixels")
-    return width, height
-
-
 def run_bench(args: argparse.Namespace) -> int:
     from .bench import page, text
     from .doctor import reads_pages
 
     if args.model is None or reads_pages(args.model, args.random_weights):
+        refuse_options(
+            args,
+            ("depth", "prompt_tokens"),
+            f"is for text models, and {args.model or 'the built-in reader'} reads pages",
+        )
         return page.run(args, engine_options(args))
+    refuse_options(
+        args, ("image", "size", "mode", "max_crops"), f"is for page models, and {args.model} reads text only"
+    )
     return text.run(args, engine_options(args))
+
+
+def refuse_options(args: argparse.Namespace, names: Sequence[str], reason: str) -> None:
+    """Raises ConfigError if one of the options, which have no default, was given."""
+    for name in names:
+        if getattr(args, name) is not None:
+            raise ConfigError(f"--{name.replace('_', '-')} {reason}; leave it out")
 
 
 if __name__ == "__main__":

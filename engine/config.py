@@ -5,12 +5,16 @@ Reading config.json into these classes is the job of loading/checkpoint.py; noth
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from .errors import ConfigError
 
 DType = Literal["float32", "bfloat16"]
+BACKEND_VARIABLE = "PAGELENS_BACKEND"
+BACKENDS = ("auto", "reference", "native", "triton")
+MAX_SIDE = 20_000  # pixels of a page that is asked for by its size
 MAX_TILES = 32  # most tiles of a page; no published model was trained on more
 
 # Buffers of these sizes are made with the engine; far above what is useful, far below what no machine holds.
@@ -21,23 +25,33 @@ MAX_OPTIONS = {"max_num_seqs": 4096, "max_batch_tokens": 2**18, "block_size": 40
 class EngineConfig:
     """User options of an engine. `resolve()` checks them once; nothing mutates them afterwards.
 
+    dtype             "auto" is the checkpoint's; "float16" needs backend "triton"
+    device            "cuda" (NVIDIA, or AMD with a ROCm build of torch) keeps weights, cache and activations there
+    backend           "auto" is "native" with what it lacks from "reference" on the CPU, "triton" on a GPU. The variable
+                      PAGELENS_BACKEND stands in for "auto". "triton" on the CPU is interpreted: for tests
     max_model_len     longest prompt + answer in tokens; None = the model's own limit
     max_num_seqs      most sequences decoded together
     max_batch_tokens  most tokens in one forward pass; longer prompts are cut into chunks of this size
     kv_cache_bytes    size of the paged KV-cache; None = room for max_num_seqs sequences, at most 1 GiB
     block_size        tokens a KV block
+    kv_cache_dtype    "auto" keeps keys and values in the dtype of the activations; "int8" rounds each head's row to
+                      int8 with a float32 scale, which takes about half of the memory and of the reading
     weights           "auto" takes them as the checkpoint has them; "int8" (a scale a row) and "int4" (a scale for 32
-                      inputs; the output head int8) quantise the decoder's linear layers as they are read, and round
-                      their inputs to int8 (a scale for 64, with int4 for 32 of them)
+                      inputs; the output head and the vision towers int8) quantise linear layers as they are read, and
+                      round their inputs to int8 (a scale for 64, with int4 for 32 of them)
     prefix_cache      find the blocks of earlier prompts and answers again instead of computing them
+    use_mmap          use the weights of a packed folder where they are mapped (starts at once, holds what was read);
+                      False copies them into huge pages first (decodes faster). Others are always converted
+    low_memory        free the vision towers when the images of a pass are encoded, load them again when the next
+                      page comes, and encode the tiles of a page one by one
     random_weights    build the model of a preset or of a folder's config.json with random weights instead of reading
                       them, to measure speed and memory; an integer is the seed, True the seed 1
     """
 
     model: str
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    device: Literal["cpu"] = "cpu"
-    backend: Literal["auto", "reference", "native"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    device: Literal["cpu", "cuda"] = "cpu"
+    backend: Literal["auto", "reference", "native", "triton"] = "auto"
     weights: Literal["auto", "int8", "int4"] = "auto"
     num_threads: int | None = None
     max_model_len: int | None = None
@@ -45,17 +59,24 @@ class EngineConfig:
     max_batch_tokens: int = 2048
     kv_cache_bytes: int | None = None
     block_size: int = 16
+    kv_cache_dtype: Literal["auto", "int8"] = "auto"
     check_blocks: bool = False
     random_weights: bool | int = False
     prefix_cache: bool = True
+    use_mmap: bool = True
+    low_memory: bool = False
 
     def resolve(self) -> EngineConfig:
-        """Return self after checking every value. Raises ConfigError naming the option, its value and the choices."""
+        """Return self after checking every value, with the backend that PAGELENS_BACKEND names if it is "auto".
+
+        Raises ConfigError naming the option, its value and the choices.
+        """
         choices = {
-            "dtype": ("auto", "float32", "bfloat16"),
-            "device": ("cpu",),
-            "backend": ("auto", "reference", "native"),
+            "dtype": ("auto", "float32", "bfloat16", "float16"),
+            "device": ("cpu", "cuda"),
+            "backend": BACKENDS,
             "weights": ("auto", "int8", "int4"),
+            "kv_cache_dtype": ("auto", "int8"),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
@@ -72,9 +93,28 @@ class EngineConfig:
             raise ConfigError(
                 f"random_weights={self.random_weights!r} must be True, False or a seed from 0 to 2^63 - 1"
             )
-        if not isinstance(self.prefix_cache, bool):
-            raise ConfigError(f"prefix_cache={self.prefix_cache!r} must be True or False")
-        return self
+        for name in ("prefix_cache", "use_mmap", "low_memory"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name}={getattr(self, name)!r} must be True or False")
+        return self._with_backend()
+
+    def _with_backend(self) -> EngineConfig:
+        """The backend that will run, checked against the device, the dtype and the cache."""
+        backend = self.backend
+        if backend == "auto":
+            named = os.environ.get(BACKEND_VARIABLE, "auto")
+            if named not in BACKENDS:
+                raise ConfigError(f"{BACKEND_VARIABLE}={named!r} is not one of {', '.join(BACKENDS)}")
+            backend = named  # type: ignore[assignment]
+        if backend == "auto" and self.device == "cuda":
+            backend = "triton"
+        if self.device == "cuda" and backend != "triton":
+            raise ConfigError(f"backend={backend!r} runs on the CPU; with device='cuda' use 'triton' or 'auto'")
+        if self.dtype == "float16" and backend != "triton":
+            raise ConfigError("dtype='float16' needs backend='triton', for device='cuda'; use 'bfloat16' or 'float32'")
+        if self.kv_cache_dtype == "int8" and backend == "triton":
+            raise ConfigError("kv_cache_dtype='int8' needs backend='native' or 'reference'; use 'auto' with 'triton'")
+        return replace(self, backend=backend)
 
     def with_options(self, **options: object) -> EngineConfig:
         return replace(self, **options)  # type: ignore[arg-type]
@@ -194,3 +234,14 @@ class TextModelConfig:
     decoder: DecoderConfig
     torch_dtype: DType = "bfloat16"
     model_type: str = "qwen3"
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """WIDTHxHEIGHT as integers. Raises ConfigError."""
+    try:
+        width, height = (int(part) for part in text.lower().split("x"))
+    except ValueError:
+        raise ConfigError(f"--size must be WIDTHxHEIGHT in pixels, such as 1240x1754; got {text!r}") from None
+    if not (1 <= width <= MAX_SIDE and 1 <= height <= MAX_SIDE):
+        raise ConfigError(f"--size {text}: both sides must be between 1 and {MAX_SIDE} pixels")
+    return width, height

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import time
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import replace
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,7 +32,10 @@ if TYPE_CHECKING:
     from .loading.weights import TensorSource
     from .text.tokenizer import Tokenizer
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+LOOK_AHEAD = 2  # waiting requests whose pages are preprocessed; their pixels are held meanwhile
 
 
 class Engine:
@@ -59,7 +65,9 @@ class Engine:
         self.has_head: bool = getattr(model, "has_head", True)
         self.max_model_len = resolve_max_model_len(config, decoder.max_position_embeddings)
         num_blocks = plan_num_blocks(config, decoder, dtype, self.max_model_len)
-        kv = allocate(decoder, dtype, num_blocks, config.block_size)
+        ops: Any = getattr(model, "ops", None)
+        device = torch.device("cpu") if ops is None else ops.device
+        kv = allocate(decoder, dtype, num_blocks, config.block_size, config.kv_cache_dtype, device)
         pool = BlockPool(num_blocks, config.block_size)
         cache = PrefixCache(pool) if config.prefix_cache else None
         self.scheduler = Scheduler(
@@ -71,12 +79,15 @@ class Engine:
             decoder.max_position_embeddings,
         )
         self.runner = Runner(model, kv)
+        # Pages are preprocessed while a device computes; on the CPU the thread would only take cores from the kernels.
+        self._preprocessing = ThreadPoolExecutor(1, "pagelens-pages") if device.type != "cpu" else None
         max_blocks = min(num_blocks, pool.num_needed(self.max_model_len))
         self.batches = BatchBuilder(
-            config.max_batch_tokens, config.max_num_seqs, max_blocks, config.block_size, self.runner.image_rows
+            config.max_batch_tokens, config.max_num_seqs, max_blocks, config.block_size, self.runner.image_rows, device
         )
         bos_token_id, self._eos_token_ids = find_special_ids(decoder, tokenizer)
-        self.sampler = Sampler(count_tokens(tokenizer, self._eos_token_ids))
+        sampling = getattr(ops, "sampling", None)
+        self.sampler = Sampler(count_tokens(tokenizer, self._eos_token_ids), ops, sampling)
         self.inputs = InputBuilder(
             decoder.vocab_size,
             tokenizer,
@@ -125,6 +136,8 @@ class Engine:
         An error of the pass itself is raised; the requests are then still queued, and the caller decides.
         """
         schedule = self.scheduler.schedule()
+        if self._preprocessing is not None:
+            self._look_ahead(self._preprocessing)
         changed = self._encode_images(schedule)
         if schedule:
             started = time.perf_counter()
@@ -152,7 +165,7 @@ class Engine:
         changed = [state for state, _ in sampling]
         if hidden is not None:
             pooling = [self._answers[chunk.sequence][0] for chunk in schedule if chunk.pools]
-            for state, row in zip(pooling, hidden.numpy(), strict=True):
+            for state, row in zip(pooling, hidden.cpu().numpy(), strict=True):
                 state.accept_pooled(row)
             changed += pooling
         return changed
@@ -179,15 +192,29 @@ class Engine:
     def close(self) -> None:
         """Free the cache, the model and its thread pool. The engine cannot be used afterwards."""
         del self.runner, self.batches
+        if self._preprocessing is not None:
+            self._preprocessing.shutdown(wait=False, cancel_futures=True)
         for closeable in self._closeables:
             closeable.close()
         self._closeables = ()
+
+    def _look_ahead(self, executor: Executor) -> None:
+        """Begin to preprocess the images of the requests that come next."""
+        for sequence in islice(self.scheduler.waiting, LOOK_AHEAD):
+            for image in self._answers[sequence][0].request.images:
+                image.prefetch(executor)
 
     def _encode_images(self, schedule: Schedule) -> list[RequestState]:
         """Encode the images that a pass needs; a request whose images fail leaves the schedule and is returned.
 
         An image whose rows are all in the prefix cache is not needed.
         """
+        try:
+            return self._encode_missing(schedule)
+        finally:
+            self.runner.free_encoder()
+
+    def _encode_missing(self, schedule: Schedule) -> list[RequestState]:
         failed = []
         for chunk in list(schedule):
             state, _ = self._answers[chunk.sequence]
@@ -274,6 +301,12 @@ def check_weights_option(weights: str, source: TensorSource, dtype: torch.dtype)
         )
 
 
+def check_low_memory(config: EngineConfig, model_config: Any) -> None:
+    """Raises ConfigError if a text model is to free what it does not have."""
+    if config.low_memory and isinstance(model_config, TextModelConfig):
+        raise ConfigError("low_memory=True frees vision towers between pages, and a text model has none; leave it out")
+
+
 def build_engine(config: EngineConfig) -> Engine:
     """Load a model and make an engine of it: the one place where files, ops, network and runtime meet.
 
@@ -300,19 +333,22 @@ def build_engine(config: EngineConfig) -> Engine:
     folder = description.folder
     tokenizer = Tokenizer(folder) if folder and (folder / "tokenizer.json").is_file() else None
     quantize_to = None if config.weights == "auto" else config.weights
-    ops = resolve_ops(config.backend, network.op_cases(model_config, dtype), config.num_threads)
+    check_low_memory(config, model_config)
+    ops = resolve_ops(config.backend, network.op_cases(model_config, dtype), config.num_threads, config.device)
+    files = ExitStack()
     try:
+        source: TensorSource
         if random_seed is not None or folder is None:
-            weights = RandomWeights(network.weight_specs(model_config), dtype, random_seed or 0)
-            model = network.load(weights, model_config, dtype, as_ops(ops), quantize_to)
-            rows = read_judge_rows(weights, model_config, tokenizer, dtype)
+            source = RandomWeights(network.weight_specs(model_config), dtype, random_seed or 0)
         else:
-            with open_checkpoint(folder) as checkpoint:
-                source = open_weights(checkpoint)
-                check_weights_option(config.weights, source, dtype)
-                model = network.load(source, model_config, dtype, as_ops(ops), quantize_to)
-                rows = read_judge_rows(source, model_config, tokenizer, dtype)
-        return Engine(config, model, dtype, tokenizer, (ops,), description, rows)
+            source = open_weights(files.enter_context(open_checkpoint(folder)), config.use_mmap)
+            check_weights_option(config.weights, source, dtype)
+        model = network.load(source, model_config, dtype, as_ops(ops), quantize_to, config.low_memory)
+        rows = read_judge_rows(source, model_config, tokenizer, dtype)
+        if not config.low_memory:
+            files.close()  # views of the mapped files stay valid
+        return Engine(config, model, dtype, tokenizer, (ops, files), description, rows)
     except BaseException:
+        files.close()
         ops.close()
         raise

@@ -80,9 +80,10 @@ def installed(module: str) -> str:
 
 
 def gpu_fact(torch: Any) -> str:
-    if not torch.cuda.is_available():
-        return "no GPU that torch can use (GPU backends do not exist yet)"
-    return f"{torch.cuda.get_device_name(0)} (GPU backends do not exist yet; the CPU is used)"
+    from .ops.devices import describe_missing_gpu
+
+    missing = describe_missing_gpu()
+    return missing or f"{torch.cuda.get_device_name(0)}; device='cuda' uses it, by the Triton kernels"
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +135,7 @@ def reads_pages(model: str, random_weights: bool) -> bool:
     return isinstance(config, DeepseekOcrConfig)
 
 
-def examine(backend: Literal["auto", "reference", "native"] = "auto") -> DoctorReport:
+def examine(backend: Literal["auto", "reference", "native", "triton"] = "auto", device: str = "cpu") -> DoctorReport:
     """Look at the machine. Raises UnsupportedError if a forced backend or instruction set cannot run here."""
     import torch
 
@@ -142,7 +143,7 @@ def examine(backend: Literal["auto", "reference", "native"] = "auto") -> DoctorR
     from .ops.registry import resolve_ops
 
     memory = memory_bytes()
-    table = resolve_ops(backend)
+    table = resolve_ops(backend, device=device)
     choices = table.explain()
     table.close()
     return DoctorReport(

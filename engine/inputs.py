@@ -11,6 +11,7 @@ import hashlib
 import operator
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -54,15 +55,26 @@ class ImageSlot:
         self.digest = digest
         self._source: ImageSource | None = source
         self._views = views
+        self._ahead: Future[Any] | None = None
+
+    def prefetch(self, executor: Executor) -> None:
+        """Begin to preprocess in another thread, so that `take_views` need not; nothing if there is nothing to do."""
+        if self._views is None and self._source is not None and self._ahead is None:
+            self._ahead = executor.submit(self._make_views, self._source)
 
     def take_views(self) -> Any:
         """The preprocessed pixels. Can be called once: neither source nor views are kept afterwards."""
-        source, views = self._source, self._views
-        self.release()
+        source, views, ahead = self._source, self._views, self._ahead
+        self._source = self._views = self._ahead = None
         if views is not None:
             return views
+        if ahead is not None:
+            return ahead.result()
         if source is None:
             raise PromptError("the views of this image were already taken")
+        return self._make_views(source)
+
+    def _make_views(self, source: ImageSource) -> Any:
         pixels = load_image(source)
         views = preprocess(pixels, self.plan)
         # The prefix cache would keep the rows of the new picture under the name of the old one.
@@ -72,7 +84,9 @@ class ImageSlot:
 
     def release(self) -> None:
         """Forget source and views, whether they were taken or not."""
-        self._source = self._views = None
+        if self._ahead is not None:
+            self._ahead.cancel()
+        self._source = self._views = self._ahead = None
 
 
 def digest_image(pixels: NDArray[np.uint8], plan: TilePlan) -> bytes:

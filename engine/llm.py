@@ -41,15 +41,20 @@ class LLM:
     """A model ready to answer. Use as a context manager, or call `close()`.
 
     model             folder or hub id
-    dtype             "auto" (the checkpoint's), "float32", "bfloat16"
-    backend           "auto", "reference", "native"
-    weights           "auto" (the checkpoint's), "int8", "int4": the decoder quantised as it is read
+    dtype             "auto" (the checkpoint's), "float32", "bfloat16", "float16" (backend "triton" only)
+    device            "cpu", or "cuda": an NVIDIA GPU, or an AMD one with a ROCm build of torch
+    backend           "auto", "reference", "native" or "triton", the only one for "cuda" (on the CPU for tests only)
+    weights           "auto" (the checkpoint's), "int8", "int4": linear layers quantised as they are read
     num_threads       of the native kernels; None = one a physical core (torch's own threads are left as they are)
     max_model_len     longest prompt + answer; None = the model's own limit
     max_num_seqs      most requests decoded together
     max_batch_tokens  most tokens in one pass; longer prompts are cut into chunks
     kv_cache_bytes    None = room for max_num_seqs requests, at most 1 GiB
+    kv_cache_dtype    "auto" (that of the activations), "int8": half of the memory and of the reading (docs/text.md)
     prefix_cache      find what earlier prompts and answers begin with again instead of computing it (docs/text.md)
+    use_mmap          of a folder that `pagelens quantize` wrote: True uses its weights where they are mapped, False
+                      copies them into huge pages (starts later, decodes faster)
+    low_memory        True frees the vision towers between pages (docs/memory.md)
     random_weights    True or a seed: `model` is a preset's name ("qwen3-0.6b") or a folder of which only config.json is
                       read, and the weights are noise
     Raises ConfigError naming an unknown option or a bad value; WeightsError; UnsupportedError.
@@ -68,9 +73,12 @@ class LLM:
         max_batch_tokens: int = 2048,
         kv_cache_bytes: int | None = None,
         block_size: int = 16,
+        kv_cache_dtype: str = "auto",
         check_blocks: bool = False,
         random_weights: bool | int = False,
         prefix_cache: bool = True,
+        use_mmap: bool = True,
+        low_memory: bool = False,
         **unknown: Any,
     ) -> None:
         if unknown:
@@ -89,9 +97,12 @@ class LLM:
             "max_batch_tokens": max_batch_tokens,
             "kv_cache_bytes": kv_cache_bytes,
             "block_size": block_size,
+            "kv_cache_dtype": kv_cache_dtype,
             "check_blocks": check_blocks,
             "random_weights": random_weights,
             "prefix_cache": prefix_cache,
+            "use_mmap": use_mmap,
+            "low_memory": low_memory,
         }
         self._start(build_engine(EngineConfig(**options).resolve()))
 

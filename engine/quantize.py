@@ -27,7 +27,7 @@ from .loading.weights import WeightSpec, load_weights
 from .models.load_parts import choose_quantizer
 from .models.packed_parts import write_part
 from .models.registry import class_of
-from .models.weight_map import QUANTIZED_ON_LOAD, Part, plain
+from .models.weight_map import Part, plain
 from .ops.registry import as_ops, resolve_ops
 from .quantization import Weight
 
@@ -81,9 +81,7 @@ def quantize_checkpoint(
             packer = _Packer(opened.parts, as_ops(ops), writer)
             quantizer = None if weights == "auto" else choose_quantizer(opened.source, as_ops(ops), weights)
             specs = [part.spec for part in opened.parts]
-            load_weights(
-                opened.source, specs, opened.unused, DTYPES[chosen], packer.consume, quantizer, QUANTIZED_ON_LOAD
-            )
+            load_weights(opened.source, specs, opened.unused, DTYPES[chosen], packer.consume, quantizer)
             writer.finish()
             _copy_small_files(description.folder, folder)
             settings = _settings(description.config, chosen, weights, packer.entries)

@@ -266,12 +266,22 @@ class RequestOutput:
 class KVCacheView:
     """The paged KV-cache as the models see it.
 
-    keys, values  one tensor per layer, [num_blocks, block_size, K, D], activation dtype
+    keys, values              one tensor per layer, [num_blocks, block_size, K, D], activation dtype, or uint8 in an
+                              int8 cache; how a block's elements are arranged is known to the ops alone
+    key_scales, value_scales  of an int8 cache, one tensor per layer, [num_blocks, K, block_size] float32; else None
     """
 
     keys: tuple[torch.Tensor, ...]
     values: tuple[torch.Tensor, ...]
     block_size: int
+    key_scales: tuple[torch.Tensor, ...] | None = None
+    value_scales: tuple[torch.Tensor, ...] | None = None
+
+    def scales(self, layer: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """The scales of keys and of values of a layer; None and None unless it is an int8 cache."""
+        if self.key_scales is None or self.value_scales is None:
+            return None, None
+        return self.key_scales[layer], self.value_scales[layer]
 
 
 @dataclass(frozen=True, slots=True)

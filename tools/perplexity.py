@@ -116,6 +116,7 @@ def main() -> int:
     parser.add_argument("--text", type=Path, required=True, metavar="FILE", help="UTF-8 text")
     parser.add_argument("--context", type=int, default=1024, help="tokens in a window (default 1024)")
     parser.add_argument("--weights", default="auto", help="form of the weights, as in LLM(weights=...)")
+    parser.add_argument("--kv-cache-dtype", default="auto", help="auto or int8, as in LLM(kv_cache_dtype=...)")
     parser.add_argument("--dtype", default="auto", help="auto, float32 or bfloat16")
     parser.add_argument("--threads", type=int, metavar="N", help="default: all cores")
     options = parser.parse_args()
@@ -128,6 +129,7 @@ def main() -> int:
             text,
             options.context,
             weights=options.weights,
+            kv_cache_dtype=options.kv_cache_dtype,
             dtype=options.dtype,
             num_threads=options.threads,
         )

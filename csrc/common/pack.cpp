@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <mutex>
 #include <new>
 
 namespace pagelens {
@@ -12,10 +13,30 @@ namespace {
 
 constexpr size_t kHugePage = size_t{2} << 20;
 constexpr size_t kLine = 64;
+constexpr size_t kSharedBlock = size_t{64} << 20;  // of small buffers; one of kOwnBlock bytes and more has its own
+constexpr size_t kOwnBlock = size_t{16} << 20;
 
 int64_t element_bytes(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
 
 size_t lines(int64_t bytes) { return (static_cast<size_t>(bytes) + kLine - 1) / kLine * kLine; }
+
+// The memory of a block is taken from the system when it is first touched, one huge page at a time.
+std::shared_ptr<char> new_block(size_t bytes) {
+  void* memory = nullptr;
+  const size_t whole = (bytes + kHugePage - 1) / kHugePage * kHugePage;
+  if (posix_memalign(&memory, kHugePage, whole)) throw std::bad_alloc();
+#ifdef MADV_HUGEPAGE
+  madvise(memory, whole, MADV_HUGEPAGE);
+#endif
+  return {static_cast<char*>(memory), &std::free};
+}
+
+// The block that takes the next small buffer, for as long as a buffer lies in it.
+struct OpenBlock {
+  std::mutex mutex;
+  std::weak_ptr<char> memory;
+  size_t used = 0;
+} open_block;
 
 // The row that column c of a panel holds, or null.
 const char* row_of(const RowSource& source, int64_t panel, int64_t c, int64_t row_bytes) {
@@ -102,16 +123,20 @@ void fill_bias(const PackedLinear& packed, const void* bias, DType dtype) {
 
 WeightBuffer::WeightBuffer(size_t bytes) : size_(bytes) {
   if (bytes == 0) return;
-  void* memory = nullptr;
-  if (posix_memalign(&memory, bytes >= 2 * kHugePage ? kHugePage : kLine, bytes)) throw std::bad_alloc();
-#ifdef MADV_HUGEPAGE
-  if (bytes >= 2 * kHugePage) madvise(memory, bytes, MADV_HUGEPAGE);
-#endif
-  data_ = static_cast<char*>(memory);
-}
-
-WeightBuffer::~WeightBuffer() {
-  if (owned_) std::free(data_);
+  if (bytes >= kOwnBlock) {
+    block_ = new_block(bytes);
+    data_ = block_.get();
+    return;
+  }
+  std::lock_guard<std::mutex> guard(open_block.mutex);
+  block_ = open_block.memory.lock();
+  if (!block_ || bytes > kSharedBlock - open_block.used) {
+    block_ = new_block(kSharedBlock);
+    open_block.memory = block_;
+    open_block.used = 0;
+  }
+  data_ = block_.get() + open_block.used;
+  open_block.used += lines(static_cast<int64_t>(bytes));
 }
 
 namespace {

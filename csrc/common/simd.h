@@ -72,10 +72,29 @@ PAGELENS_INLINE vf load(const bf16* p) {
   return (vf)(__builtin_convertvector(load_as<vh>(p), vu) << 16);
 #endif
 }
+// p[at[0]], p[at[1]], ...
+PAGELENS_INLINE vf gather(const float* p, const int32_t* at) {
+#if defined(PAGELENS_ISA_AVX512) || defined(PAGELENS_ISA_AVX512_BF16)
+  return (vf)_mm512_i32gather_ps(_mm512_loadu_si512(at), p, 4);
+#else
+  vf x;
+  for (int i = 0; i < W; i++) x[i] = p[at[i]];
+  return x;
+#endif
+}
 PAGELENS_INLINE void store(float* p, vf x) { std::memcpy(p, &x, sizeof x); }
-// Round to nearest, ties to even; a NaN stays one (adding the rounding term could turn it into a zero).
+// Round to nearest, ties to even; a NaN stays one (adding the rounding term could turn it into a zero). The instruction
+// for it would make subnormal numbers zero.
 PAGELENS_INLINE void store(bf16* p, vf x) {
   const vu u = (vu)x;
+#ifdef PAGELENS_ISA_AVX512_BF16
+  const __mmask16 small = _mm512_testn_epi32_mask((__m512i)u, _mm512_set1_epi32(0x7f800000));
+  if (__builtin_expect(!_mm512_mask_test_epi32_mask(small, (__m512i)u, _mm512_set1_epi32(0x7fffffff)), 1)) {
+    const __m256bh rounded = _mm512_cvtneps_pbh((__m512)x);
+    std::memcpy(p, &rounded, sizeof rounded);
+    return;
+  }
+#endif
   const vu rounded = (u + 0x7fffu + (u >> 16 & 1u)) >> 16;
   const vu quiet = u >> 16 | 0x40u;
   const vh h = __builtin_convertvector((vu)(((u & 0x7fffffffu) > 0x7f800000u) ? quiet : rounded), vh);
@@ -161,20 +180,29 @@ PAGELENS_INLINE float sum_of_squares(const float* x, int64_t n) {
   return squares;
 }
 
-// e^x, relative error below 2e-7; 0 below -87.3, infinity above 88.3.
+// e^x, relative error below 2e-7; 0 far below -87.3, infinity far above 88.3.
 PAGELENS_INLINE vf exp(vf x) {
+  const float c[] = {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f};
+  vf p = splat(1.0f / 5040);
+#if defined(PAGELENS_ISA_AVX512) || defined(PAGELENS_ISA_AVX512_BF16)
+  // Of two numbers the second is taken if one is a NaN.
+  const __m512 y = _mm512_max_ps(_mm512_set1_ps(-104.0f), _mm512_min_ps(_mm512_set1_ps(89.0f), (__m512)x));
+  const __m512 n = _mm512_roundscale_ps(y * 1.44269504f, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const vf r = fma((vf)n, splat(-1.42860677e-6f), fma((vf)n, splat(-0.693145752f), (vf)y));  // ln 2 in two pieces
+  PAGELENS_UNROLL for (int i = 0; i < 7; i++) p = fma(p, r, splat(c[i]));
+  return (vf)_mm512_scalef_ps((__m512)p, n);
+#else
   const vf y = at_most(at_least(x, -87.3f), 88.3f);
   const vf shifted =
       fma(y, splat(1.44269504f), splat(12582912.0f));  // 1.5 * 2^23: rounds to an integer in the low bits
   const vf n = shifted - 12582912.0f;
   // ln 2 in two pieces; the first has 15 bits, so that its product with n is exact without a fused multiply too
   const vf r = fma(n, splat(-1.42860677e-6f), fma(n, splat(-0.693145752f), y));
-  vf p = splat(1.0f / 5040);
-  const float c[] = {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f};
   PAGELENS_UNROLL for (int i = 0; i < 7; i++) p = fma(p, r, splat(c[i]));
   const vf scale = (vf)(((vu)shifted << 23) + 0x3f800000u);
   const vf inside = x > 88.3f ? splat(__builtin_inff()) : p * scale;
   return x < -87.3f ? splat(0.0f) : inside;
+#endif
 }
 
 }  // namespace pagelens::PAGELENS_ISA

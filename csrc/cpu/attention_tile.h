@@ -171,4 +171,80 @@ __attribute__((noinline)) void soften(const float* scores, int keys, float scale
   }
 }
 
+// One tile of keys: keys [R][words], query [words][V vectors]; the rest as in product, raise_top and soften.
+struct KeyTile {
+  const uint32_t* key;
+  const float* query;
+  int64_t words;
+  const float* init;
+  float scale, slack;
+  const float *offset, *top;
+  float *sum, *scores;
+  uint32_t* p;
+};
+
+#ifdef PAGELENS_ISA_AVX512_BF16
+// The scores of an even number of keys and their weights without a way through memory: what raise_top and soften would
+// do, with the same bits, if no top has to be raised. Otherwise the scores are stored and the answer is false.
+template <int R, int V>
+__attribute__((noinline)) bool weigh_keys(const KeyTile& t) {
+  const uint32_t* a = t.key;
+  const float *b = t.query, *init = t.init;
+  const int64_t words = t.words;
+  vf c[R][V];
+  if (init) {
+    PAGELENS_UNROLL for (int r = 0; r < R; r++) PAGELENS_UNROLL for (int v = 0; v < V; v++) c[r][v] =
+        load(init + (r * V + v) * W);
+  } else {
+    PAGELENS_UNROLL for (int r = 0; r < R; r++) PAGELENS_UNROLL for (int v = 0; v < V; v++) c[r][v] = vf{};
+  }
+  for (int64_t i = 0; i < words; i++, a++, b += V * W) {
+    vf x[V];
+    PAGELENS_UNROLL for (int v = 0; v < V; v++) x[v] = load(b + v * W);
+    PAGELENS_UNROLL for (int r = 0; r < R; r++) {
+      const vf y = (vf)splat_bits(load_as<uint32_t>(a + r * words));
+      PAGELENS_UNROLL for (int v = 0; v < V; v++) multiply_add<true>(c[r][v], y, x[v]);
+    }
+  }
+  const vf scale = splat(t.scale);
+  __mmask16 above = 0;
+  PAGELENS_UNROLL for (int v = 0; v < V; v++) {
+    __m512 most = (__m512)c[0][v];
+    PAGELENS_UNROLL for (int r = 1; r < R; r++) most = _mm512_max_ps((__m512)c[r][v], most);
+    const vf reached = fma((vf)most, scale, load(t.offset + v * W));
+    above |= _mm512_cmp_ps_mask((__m512)reached, (__m512)(load(t.top + v * W) + t.slack), _CMP_GT_OQ);
+  }
+  if (above) {
+    PAGELENS_UNROLL for (int r = 0; r < R; r++) PAGELENS_UNROLL for (int v = 0; v < V; v++)
+        store(t.scores + (r * V + v) * W, c[r][v]);
+    return false;
+  }
+  PAGELENS_UNROLL for (int v = 0; v < V; v++) {
+    const vf by = load(t.offset + v * W) - load(t.top + v * W);
+    vf total = load(t.sum + v * W);
+    PAGELENS_UNROLL for (int r = 0; r < R; r += 2) {
+      const vf even = exp2_8bit(fma(c[r][v], scale, by)), odd = exp2_8bit(fma(c[r + 1][v], scale, by));
+      total = total + (even + odd);
+      const vu pair = pair_up(even, odd);
+      std::memcpy(t.p + (r / 2 * V + v) * W, &pair, sizeof pair);
+    }
+    store(t.sum + v * W, total);
+  }
+  return true;
+}
+#endif
+
+// weigh_keys for 2, 4, ... keys; false where there are no pairs.
+template <int V, int R = kKeysATile>
+PAGELENS_INLINE bool weigh([[maybe_unused]] int keys, [[maybe_unused]] const KeyTile& tile) {
+#ifdef PAGELENS_ISA_AVX512_BF16
+  if constexpr (R > 2) {
+    if (keys != R) return weigh<V, R - 2>(keys, tile);
+  }
+  return weigh_keys<R, V>(tile);
+#else
+  return false;
+#endif
+}
+
 }  // namespace pagelens::PAGELENS_ISA

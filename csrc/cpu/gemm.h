@@ -7,6 +7,7 @@
 
 #include "common/thread_pool.h"
 #include "cpu/int8_product.h"
+#include "cpu/pack_words.h"
 #include "cpu/quantized_few.h"
 #include "cpu/taps.h"
 #include "cpu/tile.h"
@@ -38,7 +39,9 @@ PAGELENS_INLINE Cut cut(const Problem& p) {
     const int64_t bytes = std::max<int64_t>(p.weight.panel_words() * 4, 1);
     a_block = std::min(a_block, std::max<int64_t>(kFewRowsBlockBytes / bytes, 1));
   }
-  return {ceil_div(p.rows, kMaxBlockRows), ceil_div(panels, a_block)};
+  const int64_t row_blocks = ceil_div(p.rows, kMaxBlockRows);
+  // An even number, where there are several: two threads then have as many, and four nearly.
+  return {row_blocks > 1 ? row_blocks + row_blocks % 2 : row_blocks, ceil_div(panels, a_block)};
 }
 
 PAGELENS_INLINE Block block_at(const Problem& p, const Cut& c, int32_t problem, int64_t i) {
@@ -57,28 +60,32 @@ template <class T>
 PAGELENS_INLINE void pack_row_f32(const T* x, int64_t k, int R, float* to) {
   for (int64_t i = 0; i < k; i++) to[i * R] = get(x + i);
 }
-PAGELENS_INLINE void pack_row_pairs(const bf16* x, int64_t k, int R, uint32_t* to) {
-  for (int64_t i = 0; i < k / 2; i++) to[i * R] = load_as<uint32_t>(x + 2 * i);
-  if (k % 2) to[k / 2 * R] = x[k - 1];
+
+// Whether the words of x are those that the tile multiplies.
+PAGELENS_INLINE bool has_tile_words(const Source& x, const PackedLinear& w) {
+  return w.dtype == DType::f32 ? x.dtype == DType::f32 : kBf16Dot;
 }
 
-// sides: what quantised rows want beside, or the memory of one gathered row.
+// sides: what quantised rows want beside, or the memory of R gathered rows.
 PAGELENS_INLINE void pack_tile(const Source& x, const PackedLinear& w, int64_t row, int R, uint32_t* to, float* sides) {
   if (w.quantized()) {
     pack_quantized_tile(x, w, row, R, to, sides);
     return;
   }
+  const void* rows[kMaxTileRows];
+  for (int r = 0; r < R; r++) rows[r] = x.taps ? gather_row(*x.taps, row + r, sides + r * w.k) : x.row(row + r);
+  if (has_tile_words(x, w)) {
+    const int64_t values = w.dtype == DType::f32 ? 1 : 2;
+    pack_words(rows, R, w.k / values, to);
+    for (int r = 0; w.k % values && r < R; r++) to[w.k / 2 * R + r] = static_cast<const bf16*>(rows[r])[w.k - 1];
+    return;
+  }
   for (int r = 0; r < R; r++) {
-    const void* from = x.taps ? gather_row(*x.taps, row + r, sides) : x.row(row + r);
-    if (kBf16Dot && w.dtype == DType::bf16) {
-      pack_row_pairs(static_cast<const bf16*>(from), w.k, R, to + r);
-      continue;
-    }
     float* words = reinterpret_cast<float*>(to) + r;
     if (x.dtype == DType::f32) {
-      pack_row_f32(static_cast<const float*>(from), w.k, R, words);
+      pack_row_f32(static_cast<const float*>(rows[r]), w.k, R, words);
     } else {
-      pack_row_f32(static_cast<const bf16*>(from), w.k, R, words);
+      pack_row_f32(static_cast<const bf16*>(rows[r]), w.k, R, words);
     }
     if (w.dtype == DType::bf16 && w.k % 2) words[w.k * R] = 0.0f;
   }
@@ -92,6 +99,16 @@ PAGELENS_INLINE bool lies_packed(const Source& x, const PackedLinear& w) {
   return w.dtype == DType::f32 ? x.dtype == DType::f32 : kBf16Dot && w.k % 2 == 0;
 }
 
+// The weights that are read after groups g0..g1 of a panel of the block: as many of the next panel, those behind g1 of
+// the first, or those of the next block; null at the end.
+PAGELENS_INLINE const uint32_t* next_slab(const PackedLinear& w, const Block& b, int64_t panel, int64_t g0,
+                                          int64_t g1) {
+  const uint32_t* weight = static_cast<const uint32_t*>(w.weight);
+  if (panel + 1 < b.panel + b.panels) return weight + (panel + 1) * w.panel_words() + g0 * kPanel;
+  if (g1 < w.groups()) return weight + b.panel * w.panel_words() + g1 * kPanel;
+  return panel + 1 < w.panels() ? weight + (panel + 1) * w.panel_words() : nullptr;
+}
+
 template <class Epilogue>
 inline void run_block(const Problem& p, const Block& b, const uint32_t* a, float* sums, Epilogue& epilogue) {
   const int64_t words = words_a_row(p.weight), groups = p.weight.groups(), tiles = ceil_div(b.rows, kMaxTileRows);
@@ -102,7 +119,9 @@ inline void run_block(const Problem& p, const Block& b, const uint32_t* a, float
     const int64_t g0 = groups * pass / passes, g1 = groups * (pass + 1) / passes;
     for (int64_t panel = b.panel; panel < b.panel + b.panels; panel++) {
       const uint32_t* w = weight + panel * p.weight.panel_words() + g0 * kPanel;
+      const uint32_t* next = tiles > 1 ? next_slab(p.weight, b, panel, g0, g1) : nullptr;
       for (int64_t t = 0; t < tiles; t++) {
+        fetch_part(next, (g1 - g0) * kPanel * 4, t, tiles);
         const int64_t r0 = tile_start(b.rows, tiles, t);
         const int R = static_cast<int>(tile_start(b.rows, tiles, t + 1) - r0);
         float* acc = sums + (passes > 1 ? ((panel - b.panel) * b.rows + r0) * kPanel : 0);
@@ -113,9 +132,14 @@ inline void run_block(const Problem& p, const Block& b, const uint32_t* a, float
   }
 }
 
-// ---- rows that are rounded to 8 bits once for all threads and blocks ------------------------------------------------
+// ---- rows that are rounded to 8 bits --------------------------------------------------------------------------------
+// Few rows are rounded once for all threads and blocks. A thread that has a block of many rounds them as it packs those
+// of plain weights: what it rounds stays in its second cache.
+constexpr int64_t kFewRoundedRows = 32;
 constexpr int kRoundedRows = 7;                   // the pool's shared scratch of this
 constexpr int64_t kRoundHere = int64_t{1} << 13;  // of K over all rows: fewer are not worth waking a thread
+
+PAGELENS_INLINE bool rounds_before(const Problem& p) { return runs_int8(p.weight) && p.rows <= kFewRoundedRows; }
 
 // Where the rounded rows of each problem lie.
 struct RoundedRows {
@@ -138,7 +162,7 @@ PAGELENS_INLINE bool same_rounded_row(const Problem& a, const Problem& b) {
 inline RoundedRows round_rows(ThreadPool& pool, const Problem* problems, int64_t count) {
   int64_t total = 0, elements = 0, used = 0;
   for (int64_t i = 0; i < count; i++)
-    if (runs_int8(problems[i].weight)) total += problems[i].rows * int8_row_words(problems[i].weight), used++;
+    if (rounds_before(problems[i])) total += problems[i].rows * int8_row_words(problems[i].weight), used++;
   if (used == 0) return {};
   // [count] places in words, [count + 1] first tasks (a task is a tile), then the rows.
   int64_t* at = pool.shared<int64_t>(kRoundedRows, 2 * count + 9 + (total + 1) / 2);
@@ -149,7 +173,7 @@ inline RoundedRows round_rows(ThreadPool& pool, const Problem* problems, int64_t
   for (int64_t i = 0; i < count; i++) {
     const Problem& p = problems[i];
     at[i] = next, tasks[i + 1] = tasks[i];
-    if (!runs_int8(p.weight)) continue;
+    if (!rounds_before(p)) continue;
     if (i > 0 && same_rounded_row(problems[i - 1], p)) {
       at[i] = at[i - 1];
       continue;
@@ -177,18 +201,29 @@ inline RoundedRows round_rows(ThreadPool& pool, const Problem* problems, int64_t
   return {words, at};
 }
 
+// Rounds a block's rows, tile by tile as run_int8_block takes them.
+PAGELENS_INLINE void pack_int8_block(const Problem& p, const Block& b, uint32_t* to) {
+  const int64_t tiles = ceil_div(b.rows, kInt8TileRows), words = int8_row_words(p.weight);
+  for (int64_t t = 0; t < tiles; t++) {
+    const int64_t r0 = tile_start(b.rows, tiles, t), r1 = tile_start(b.rows, tiles, t + 1);
+    pack_int8_tile(p.x, p.weight, b.row + r0, static_cast<int>(r1 - r0), to + r0 * words);
+  }
+}
+
 // epilogue(block, first row, rows, panel, sums [rows][32]) runs on any thread, once for every row and panel.
 template <class BlockAt, class Epilogue>
 inline void gemm(ThreadPool& pool, const Problem* problems, int64_t num_problems, int64_t blocks, BlockAt&& at,
                  Epilogue&& epilogue) {
   int64_t words = 0, rows = 0, sides = 0, gathered = 0;
   for (int64_t i = 0; i < num_problems; i++) {
-    if (!runs_int8(problems[i].weight)) {
+    if (runs_int8(problems[i].weight)) {
+      if (!rounds_before(problems[i])) words = std::max(words, int8_row_words(problems[i].weight));
+    } else {
       words = std::max(words, words_a_row(problems[i].weight));
       sides = std::max(sides, side_floats(problems[i].weight));
     }
     rows = std::max(rows, std::min(problems[i].rows, kMaxBlockRows));
-    if (problems[i].x.taps) gathered = std::max(gathered, problems[i].weight.k);
+    if (problems[i].x.taps) gathered = std::max(gathered, problems[i].weight.k * kMaxTileRows);
   }
   const auto line = [](int64_t floats) { return (floats + 15) / 16 * 16; };
   // Of each thread: packed rows, what a quantised weight wants of them beside, sums, scratch of a quantised block.
@@ -206,14 +241,21 @@ inline void gemm(ThreadPool& pool, const Problem* problems, int64_t num_problems
     uint32_t* packed = static_cast<uint32_t*>(pool.local(thread));
     float* side = static_cast<float*>(pool.local(thread)) + side_at;
     float* sums = static_cast<float*>(pool.local(thread)) + sums_at;
-    if (runs_int8(p.weight)) {
+    const bool is_packed = have[thread].problem == b.problem && have[thread].row == b.row;
+    if (rounds_before(p)) {
       run_int8_block(p.weight, b, rounded.of(b.problem, b.row, p.weight), sums, epilogue);
+      return;
+    }
+    if (runs_int8(p.weight)) {
+      if (!is_packed) pack_int8_block(p, b, packed);
+      have[thread] = {b.problem, b.row};
+      run_int8_block(p.weight, b, packed, sums, epilogue);
       return;
     }
     const uint32_t* a = packed;
     if (b.rows == 1 && lies_packed(p.x, p.weight)) {
       a = static_cast<const uint32_t*>(p.x.row(b.row));
-    } else if (have[thread].problem != b.problem || have[thread].row != b.row) {
+    } else if (!is_packed) {
       const int64_t tiles = ceil_div(b.rows, kMaxTileRows), width = words_a_row(p.weight);
       for (int64_t t = 0; t < tiles; t++) {
         const int64_t r0 = tile_start(b.rows, tiles, t), r1 = tile_start(b.rows, tiles, t + 1);

@@ -104,8 +104,9 @@ struct RopeArgs {
   const int32_t* slots;
   const float *cos, *sin;  // [num_positions, head_dim/2]
   int64_t num_positions;
-  void *keys, *values;  // [num_slots, num_kv_heads, head_dim], dtype of qkv
-  int64_t num_slots;
+  void *keys, *values;               // layout: cpu/kv_layout.h; of the dtype of qkv, or int8
+  float *key_scales, *value_scales;  // of an int8 cache, else null
+  int64_t num_blocks, block_size;
   int64_t num_heads, num_kv_heads, head_dim;
   const void *q_norm, *k_norm;  // [head_dim], dtype of qkv, or null
   float eps;
@@ -115,6 +116,7 @@ struct RopeArgs {
 struct AttentionArgs {
   Rows q, out;  // [N, num_heads * head_dim]
   const void *keys, *values;
+  const float *key_scales, *value_scales;  // of an int8 cache, else null
   int64_t num_blocks, block_size, num_heads, num_kv_heads, head_dim;
   const int32_t* block_tables;
   int64_t max_blocks;  // columns of block_tables
@@ -200,6 +202,20 @@ struct QuantizeArgs {
   void* scales;
 };
 
+// What is multiplied: float32, bfloat16 or 8-bit integers.
+enum class ProbeKind : int { f32 = 0, bf16 = 1, int8 = 2 };
+
+// How a row's next token is chosen; see `sample` in the contract.
+struct SampleCut {
+  double temperature, top_k, top_p, min_p, uniform;
+};
+
+struct SampleArgs {
+  Rows logits;  // float32, at least one column
+  const SampleCut* cuts;
+  int32_t* tokens;
+};
+
 // A function that returns a number returns -1, or the first row (paged_attention: sequence, grouped_gemm: flat index)
 // whose id, position, slot or block is outside its table; nothing is written then.
 struct KernelTable {
@@ -217,7 +233,10 @@ struct KernelTable {
   void (*patch_embed)(ThreadPool&, const PatchEmbedArgs&);
   void (*conv_downsample)(ThreadPool&, const ConvDownsampleArgs&);
   int64_t (*quantize)(ThreadPool&, const QuantizeArgs&);
+  void (*sample)(ThreadPool&, const SampleArgs&);
   void (*resize_rgb_u8)(const uint8_t*, int64_t, int64_t, uint8_t*, int64_t, int64_t);
+  void (*probe_read)(ThreadPool&, const char*, int64_t);
+  double (*probe_arithmetic)(ThreadPool&, ProbeKind, int64_t);
 };
 
 #define PAGELENS_DECLARE_TABLE(isa) \
@@ -246,10 +265,17 @@ void window_attention(ThreadPool& pool, const WindowAttentionArgs& args);
 void patch_embed(ThreadPool& pool, const PatchEmbedArgs& args);
 void conv_downsample(ThreadPool& pool, const ConvDownsampleArgs& args);
 int64_t quantize(ThreadPool& pool, const QuantizeArgs& args);
+void sample(ThreadPool& pool, const SampleArgs& args);
 
 // RGB bytes [src_h, src_w, 3] -> [dst_h, dst_w, 3], both contiguous: exactly Pillow's bicubic resize (before version
 // 13).
 void resize_rgb_u8(const uint8_t* src, int64_t src_h, int64_t src_w, uint8_t* dst, int64_t dst_h, int64_t dst_w);
+
+// Reads `bytes` bytes once, a multiple of 2^20, each thread one linear stream of its own.
+void probe_read(ThreadPool& pool, const char* data, int64_t bytes);
+// Multiplies and adds in registers; returns the number of multiplications and additions (at least `rounds` times 12
+// instructions of them).
+double probe_arithmetic(ThreadPool& pool, ProbeKind kind, int64_t rounds);
 }  // namespace PAGELENS_ISA
 #endif
 

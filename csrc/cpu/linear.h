@@ -21,30 +21,35 @@ PAGELENS_INLINE void finish_columns(const float* sums, const float* bias, Activa
   for (int v = 0; v < kPanel; v += W) {
     vf y = load(sums + v);
     if (bias) y = y + load(bias + v);
-    y = activate(y, activation);
+    y = activate<Out>(y, activation);
     if (residual) y = y + load(residual + v);
     store(to + v, y);
   }
   if (!whole) std::memcpy(out, tail_out, n * sizeof(Out));
 }
 
-// Rows row..row+count of one panel into `out`, whose row r is out row r. Residual and out may be the same matrix.
-inline void finish_linear(const LinearArgs& a, int64_t row, int count, int64_t panel, const float* sums) {
+template <class Out, class Res>
+inline void finish_rows(const LinearArgs& a, int64_t row, int count, int64_t panel, const float* sums) {
   const int64_t column = panel * kPanel;
   const int n = static_cast<int>(a.weight.n - column < kPanel ? a.weight.n - column : kPanel);
   const float* bias = a.weight.bias ? a.weight.bias + column : nullptr;
-  for (int r = 0; r < count; r++, sums += kPanel) {
-    const int64_t to = (row + r) * a.out.stride + column, from = (row + r) * a.residual.stride + column;
-    float* out32 = static_cast<float*>(a.out.data) + to;
-    bf16* out16 = static_cast<bf16*>(a.out.data) + to;
-    const float* res32 = a.residual.data ? static_cast<const float*>(a.residual.data) + from : nullptr;
-    const bf16* res16 = a.residual.data ? static_cast<const bf16*>(a.residual.data) + from : nullptr;
-    if (a.out.dtype == DType::f32) {
-      a.x.dtype == DType::f32 ? finish_columns(sums, bias, a.activation, res32, out32, n)
-                              : finish_columns(sums, bias, a.activation, res16, out32, n);
-    } else {
-      finish_columns(sums, bias, a.activation, res16, out16, n);
-    }
+  Out* out = static_cast<Out*>(a.out.data) + row * a.out.stride + column;
+  const Res* residual =
+      a.residual.data ? static_cast<const Res*>(a.residual.data) + row * a.residual.stride + column : nullptr;
+  for (int r = 0; r < count; r++, sums += kPanel, out += a.out.stride) {
+    finish_columns(sums, bias, a.activation, residual, out, n);
+    if (residual) residual += a.residual.stride;
+  }
+}
+
+// Rows row..row+count of one panel into `out`, whose row r is out row r. Residual and out may be the same matrix.
+inline void finish_linear(const LinearArgs& a, int64_t row, int count, int64_t panel, const float* sums) {
+  if (a.out.dtype != DType::f32) {
+    finish_rows<bf16, bf16>(a, row, count, panel, sums);
+  } else if (a.x.dtype == DType::f32) {
+    finish_rows<float, float>(a, row, count, panel, sums);
+  } else {
+    finish_rows<float, bf16>(a, row, count, panel, sums);
   }
 }
 

@@ -6,7 +6,10 @@
 #include <algorithm>
 
 #include "common/simd.h"
-#include "cpu/attention_bf16_run.h"
+#include "cpu/attention_bf16.h"
+#include "cpu/attention_int8.h"
+#include "cpu/attention_run.h"
+#include "cpu/kv_layout.h"
 #include "cpu/parallel.h"
 
 namespace pagelens::PAGELENS_ISA {
@@ -15,13 +18,14 @@ namespace {
 constexpr int64_t kKeys = 32;                // positions a block
 constexpr int64_t kQueries = 32;             // query rows an item
 constexpr int kRowsATime = W == 16 ? 4 : 2;  // rows that share a load of keys or values
-constexpr int kKeysATime = 4;                // of sum_each
-constexpr int kVectorsATime = 4;
+constexpr int kKeyVectors = 2;               // of scores
+constexpr int kVectorsATime = 4;             // of values
 
-// Scratch of one thread; head_dim is padded with zeros to whole groups of vectors.
+// Scratch of one thread; rows of q and o are padded with zeros to whole groups of vectors.
 struct Tile {
   float *q, *o;          // [rows][dim]
-  float *key, *value;    // [kKeys][dim]
+  float* key;            // [dim][kKeys]
+  float* value;          // [kKeys][dim]
   float* p;              // [rows][kKeys]
   float *largest, *sum;  // [rows]
   int64_t dim;
@@ -47,23 +51,53 @@ void widen_row(const T* from, float* to, int64_t d, int64_t padded) {
   for (; i < padded; i++) to[i] = 0.0f;
 }
 
-// p[r][t] = scale * q[r] . key[t] for R rows and all keys of the block.
+float number(const float* p, float, int) { return *p; }
+float number(const bf16* p, float, int) { return widen(*p); }
+float number(const uint8_t* p, float scale, int offset) {
+  return static_cast<float>(static_cast<int8_t>(*p - offset)) * scale;
+}
+
+// 16 tokens that lie together as floats: keys to columns of [d][kKeys], values to rows `dim` apart.
+void load_group(const float* keys, const float* values, int64_t d, float* key, float* value, int64_t dim) {
+  for (int64_t i = 0; i < d; i++) std::memcpy(key + i * kKeys, keys + i * kKeyGroup, kKeyGroup * sizeof(float));
+  for (int64_t t = 0; t < kKeyGroup; t++)
+    std::memcpy(value + t * dim, values + t * d, static_cast<size_t>(d) * sizeof(float));
+}
+
+void load_group(const bf16* keys, const bf16* values, int64_t d, float* key, float* value, int64_t dim) {
+  for (int64_t i = 0; i < d; i += 2, keys += 2 * kKeyGroup) PAGELENS_UNROLL for (int t = 0; t < kKeyGroup; t += W) {
+      const vu words = load_as<vu>(keys + 2 * t);
+      store(key + i * kKeys + t, (vf)(words << 16));
+      store(key + (i + 1) * kKeys + t, (vf)(words & 0xffff0000u));
+    }
+  for (int64_t t = 0; t < kKeyGroup; t += 2, values += 2 * d) {
+    int64_t i = 0;
+    for (; i + W <= d; i += W) {
+      const vu words = load_as<vu>(values + 2 * i);
+      store(value + t * dim + i, (vf)(words << 16));
+      store(value + (t + 1) * dim + i, (vf)(words & 0xffff0000u));
+    }
+    for (; i < d; i++) {
+      value[t * dim + i] = widen(values[2 * i]);
+      value[(t + 1) * dim + i] = widen(values[2 * i + 1]);
+    }
+  }
+}
+
+// p[r][t] = scale * q[r] . key[t] for R rows and all keys of the block; even and odd columns are summed apart. The
+// padding of dim is even.
 template <int R>
 void dot_keys(const float* q, const float* key, int64_t dim, float scale, float* p) {
-  for (int64_t t = 0; t < kKeys; t += kKeysATime) {
-    vf c[R][kKeysATime] = {};
-    for (int64_t i = 0; i < dim; i += W) {
-      vf k[kKeysATime];
-      PAGELENS_UNROLL for (int j = 0; j < kKeysATime; j++) k[j] = load(key + (t + j) * dim + i);
-      PAGELENS_UNROLL for (int r = 0; r < R; r++) {
-        const vf x = load(q + r * dim + i);
-        PAGELENS_UNROLL for (int j = 0; j < kKeysATime; j++) c[r][j] = fma(x, k[j], c[r][j]);
+  for (int64_t t = 0; t < kKeys; t += kKeyVectors * W) {
+    vf c[R][kKeyVectors][2] = {};
+    for (int64_t i = 0; i < dim; i += 2) {
+      PAGELENS_UNROLL for (int e = 0; e < 2; e++) PAGELENS_UNROLL for (int v = 0; v < kKeyVectors; v++) {
+        const vf k = load(key + (i + e) * kKeys + t + v * W);
+        PAGELENS_UNROLL for (int r = 0; r < R; r++) c[r][v][e] = fma(splat(q[r * dim + i + e]), k, c[r][v][e]);
       }
     }
-    PAGELENS_UNROLL for (int r = 0; r < R; r++) {
-      const v4 scores = sum_each(c[r]) * scale;
-      std::memcpy(p + r * kKeys + t, &scores, sizeof scores);
-    }
+    PAGELENS_UNROLL for (int r = 0; r < R; r++) PAGELENS_UNROLL for (int v = 0; v < kKeyVectors; v++)
+        store(p + r * kKeys + t + v * W, (c[r][v][0] + c[r][v][1]) * scale);
   }
 }
 
@@ -113,11 +147,13 @@ struct Item {
   int64_t sequence, first, rows, kv_head;  // query rows first..first+rows of the sequence
 };
 
-template <class T>
+// T: of queries and results; C: of the cache, T or uint8_t (int8).
+template <class T, class C>
 struct Attention {
   const AttentionArgs& a;
   int64_t group = a.num_heads / a.num_kv_heads;
   int64_t dim = Tile::padded(a.head_dim);
+  KVBlock<C> layout{a.block_size, a.num_kv_heads, a.head_dim};
 
   int64_t position(const Item& it, int64_t row) const {
     const int64_t queries = a.query_starts[it.sequence + 1] - a.query_starts[it.sequence];
@@ -137,32 +173,34 @@ struct Attention {
     }
   }
 
-  // f(t, element offset in the cache) for the keys start..start+count of the item's head
-  template <class F>
-  void each_key(const Item& it, int64_t start, int64_t count, F&& f) const {
-    const int32_t* block = a.block_tables + it.sequence * a.max_blocks + start / a.block_size;
-    int64_t offset = start % a.block_size;
-    for (int64_t t = 0; t < count; t++) {
-      f(t, ((*block * a.block_size + offset) * a.num_kv_heads + it.kv_head) * a.head_dim);
-      if (++offset == a.block_size) block++, offset = 0;
-    }
-  }
-
+  // The keys and values start..start+count of the item's head as floats. Columns behind head_dim are zeros in `key`, so
+  // that garbage of an earlier call does not meet the zeros of q; in `value` and where there is no key they do not
+  // matter.
   void load_keys(const Item& it, const Tile& tile, int64_t start, int64_t count) const {
-    each_key(it, start, count, [&](int64_t t, int64_t at) {
-      widen_row(static_cast<const T*>(a.keys) + at, tile.key + t * dim, a.head_dim, dim);
-      widen_row(static_cast<const T*>(a.values) + at, tile.value + t * dim, a.head_dim, dim);
-    });
-  }
-
-  // One head's rows are short runs far apart, which the hardware does not fetch ahead.
-  void prefetch_keys(const Item& it, int64_t start, int64_t count) const {
-    each_key(it, start, count, [&](int64_t, int64_t at) {
-      for (int64_t i = 0; i < a.head_dim; i += static_cast<int64_t>(64 / sizeof(T))) {
-        __builtin_prefetch(static_cast<const T*>(a.keys) + at + i, 0, 2);
-        __builtin_prefetch(static_cast<const T*>(a.values) + at + i, 0, 2);
+    const int32_t* blocks = a.block_tables + it.sequence * a.max_blocks;
+    if constexpr (sizeof(C) > 1) {
+      if (a.block_size % kKeyGroup == 0) {
+        for (int64_t t = 0; t < count; t += kKeyGroup) {
+          const int64_t token = (start + t) % a.block_size;
+          const int64_t at = layout.start(blocks[(start + t) / a.block_size], it.kv_head) + token * a.head_dim;
+          load_group(static_cast<const C*>(a.keys) + at, static_cast<const C*>(a.values) + at, a.head_dim, tile.key + t,
+                     tile.value + t * dim, dim);
+        }
+        return;
       }
-    });
+    }
+    for (int64_t t = 0; t < count; t++) {
+      const int64_t block = blocks[(start + t) / a.block_size], token = (start + t) % a.block_size;
+      const int64_t base = layout.start(block, it.kv_head), scale_at = layout.scale_at(block, it.kv_head, token);
+      const float key_scale = a.key_scales ? a.key_scales[scale_at] : 1.0f;
+      const float value_scale = a.value_scales ? a.value_scales[scale_at] : 1.0f;
+      const auto key = layout.key(token), value = layout.value(token);
+      const C* from = static_cast<const C*>(a.keys) + base + key.first;
+      for (int64_t i = 0; i < a.head_dim; i += layout.E, from += key.step)
+        for (int64_t e = 0; e < layout.E; e++) tile.key[(i + e) * kKeys + t] = number(from + e, key_scale, kKeyOffset);
+      from = static_cast<const C*>(a.values) + base + value.first;
+      for (int64_t i = 0; i < a.head_dim; i++) tile.value[t * dim + i] = number(from + i * value.step, value_scale, 0);
+    }
   }
 
   template <int R>
@@ -176,10 +214,10 @@ struct Attention {
 
   void run(const Item& it, const Tile& tile) const {
     load_queries(it, tile);
+    std::memset(tile.key + a.head_dim * kKeys, 0, static_cast<size_t>((dim - a.head_dim) * kKeys) * sizeof(float));
     const int64_t last = position(it, it.rows - 1), rows = it.rows * group;
     for (int64_t start = 0; start <= last; start += kKeys) {
       load_keys(it, tile, start, std::min(last - start + 1, kKeys));
-      if (start + kKeys <= last) prefetch_keys(it, start + kKeys, std::min(last - start - kKeys + 1, kKeys));
       int64_t row = 0;
       while (row < rows) {
         const int64_t n = position(it, row / group) - start + 1;
@@ -200,9 +238,9 @@ struct Attention {
   }
 };
 
-template <class T>
+template <class T, class C>
 void run(ThreadPool& pool, const AttentionArgs& a) {
-  const Attention<T> attention{a};
+  const Attention<T, C> attention{a};
   const int64_t rows = kQueries * attention.group, floats = Tile::floats(rows, attention.dim);
   pool.reserve_local(static_cast<size_t>(floats) * sizeof(float));
   // first_item[s]: items of the sequences before s, in query rows tiles x key/value heads
@@ -237,14 +275,16 @@ int64_t paged_attention(ThreadPool& pool, const AttentionArgs& a) {
     }
   }
 #ifdef PAGELENS_ISA_AVX512_BF16
-  if (a.q.dtype == DType::bf16 && a.head_dim % 32 == 0) {
-    const Bf16Attention attention{a};
-    run_many(pool, attention);
-    run_few(pool, attention);
+  if (a.q.dtype == DType::bf16 && a.head_dim % 32 == 0 && a.head_dim <= kMaxFastDim) {
+    a.key_scales ? run_fast<Int8Cache>(pool, a) : run_fast<Bf16Cache>(pool, a);
     return -1;
   }
 #endif
-  a.q.dtype == DType::f32 ? run<float>(pool, a) : run<bf16>(pool, a);
+  if (a.q.dtype == DType::f32) {
+    a.key_scales ? run<float, uint8_t>(pool, a) : run<float, float>(pool, a);
+  } else {
+    a.key_scales ? run<bf16, uint8_t>(pool, a) : run<bf16, bf16>(pool, a);
+  }
   return -1;
 }
 

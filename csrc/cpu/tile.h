@@ -65,4 +65,13 @@ PAGELENS_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b;
 // Rows of tile t of `tiles` in a block: as equal as they can be.
 PAGELENS_INLINE int64_t tile_start(int64_t rows, int64_t tiles, int64_t t) { return rows * t / tiles; }
 
+// Fetches part t of `parts` of the weights that come next into the second cache: the first tile over them would
+// otherwise run at the speed of memory. Null: nothing comes next.
+PAGELENS_INLINE void fetch_part(const void* next, int64_t bytes, int64_t t, int64_t parts) {
+  if (!next) return;
+  const char* from = static_cast<const char*>(next);
+  for (int64_t i = bytes * t / parts & ~int64_t{63}; i < bytes * (t + 1) / parts; i += 64)
+    __builtin_prefetch(from + i, 0, 2);
+}
+
 }  // namespace pagelens::PAGELENS_ISA

@@ -5,8 +5,9 @@
 #if defined(PAGELENS_ISA_AVX512) || defined(PAGELENS_ISA_AVX512_BF16)
 namespace pagelens::PAGELENS_ISA {
 
-// Word i of row j becomes to[i * pitch + j].
-PAGELENS_INLINE void transpose_16(const __m512i (&rows)[16], uint32_t* to, int64_t pitch) {
+// Hands word i of all rows to put(i, words), once for each i < 16, in no special order.
+template <class Put>
+PAGELENS_INLINE void transpose_16(const __m512i (&rows)[16], Put&& put) {
   __m512i a[16], b[16];
   PAGELENS_UNROLL for (int i = 0; i < 16; i += 2) {
     a[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
@@ -21,11 +22,16 @@ PAGELENS_INLINE void transpose_16(const __m512i (&rows)[16], uint32_t* to, int64
     const __m512i even = _mm512_shuffle_i32x4(b[c], b[4 + c], 0x88), odd = _mm512_shuffle_i32x4(b[c], b[4 + c], 0xdd);
     const __m512i even2 = _mm512_shuffle_i32x4(b[8 + c], b[12 + c], 0x88);
     const __m512i odd2 = _mm512_shuffle_i32x4(b[8 + c], b[12 + c], 0xdd);
-    _mm512_storeu_si512(to + c * pitch, _mm512_shuffle_i32x4(even, even2, 0x88));
-    _mm512_storeu_si512(to + (c + 4) * pitch, _mm512_shuffle_i32x4(odd, odd2, 0x88));
-    _mm512_storeu_si512(to + (c + 8) * pitch, _mm512_shuffle_i32x4(even, even2, 0xdd));
-    _mm512_storeu_si512(to + (c + 12) * pitch, _mm512_shuffle_i32x4(odd, odd2, 0xdd));
+    put(c, _mm512_shuffle_i32x4(even, even2, 0x88));
+    put(c + 4, _mm512_shuffle_i32x4(odd, odd2, 0x88));
+    put(c + 8, _mm512_shuffle_i32x4(even, even2, 0xdd));
+    put(c + 12, _mm512_shuffle_i32x4(odd, odd2, 0xdd));
   }
+}
+
+// Word i of row j becomes to[i * pitch + j].
+PAGELENS_INLINE void transpose_16(const __m512i (&rows)[16], uint32_t* to, int64_t pitch) {
+  transpose_16(rows, [&](int i, __m512i words) { _mm512_storeu_si512(to + i * pitch, words); });
 }
 
 }  // namespace pagelens::PAGELENS_ISA

@@ -212,9 +212,10 @@ struct Attention {
                                                               words, part ? out : nullptr, out);
       }
     }
+    int32_t from[L];
+    for (int lane = 0; lane < L; lane++) from[lane] = static_cast<int32_t>((place[lane] - first + size - 1) * L + lane);
     for (int64_t k = 0; k < size; k++)
-      for (int64_t lane = 0; lane < L; lane++)
-        to[k * L + lane] = unit * s.table[(place[lane] - first - k + size - 1) * L + lane];
+      for (int lane = 0; lane < L; lane += W) store(to + k * L + lane, gather(s.table - k * L, from + lane) * unit);
   }
 
   // o[lane] (+)= weights of `count` keys from `first` on times their values.
@@ -261,9 +262,25 @@ struct Attention {
         const int n = static_cast<int>(std::min<int64_t>(kKeysATile, cols - c));
         const int real = static_cast<int>(std::min<int64_t>(n, a.window_cols - c));
         if (waiting + n > block_keys) flush();
-        product_fn<kPairs, Product::scores, kKeysATile, V>(n)(s.key + (r * cols + c) * words, words,
-                                                              reinterpret_cast<float*>(s.q), L, words,
-                                                              a.rel_w ? s.rel_w + c * L : nullptr, s.scores);
+        const KeyTile tile{s.key + (r * cols + c) * words,
+                           reinterpret_cast<float*>(s.q),
+                           words,
+                           a.rel_w ? s.rel_w + c * L : nullptr,
+                           scale,
+                           kSlack * kUnit,
+                           rel_h,
+                           s.top,
+                           s.sum,
+                           s.scores,
+                           s.p + waiting / kWord * L};
+        const bool pairs = kPairs && n == real && n % 2 == 0;
+        if (pairs && weigh<V>(n, tile)) {
+          waiting += n;
+          continue;
+        }
+        if (!pairs)
+          product_fn<kPairs, Product::scores, kKeysATile, V>(n)(tile.key, words, tile.query, L, words, tile.init,
+                                                                s.scores);
         if (raise_top<kPairs, V>(s.scores, real, scale, rel_h, kSlack * kUnit, s.top, s.factor)) {
           flush();
           rescale(s, L);

@@ -43,6 +43,12 @@ class PackedEntry:
         return {"form": self.form, "layouts": self.layouts, "count": self.count, "shared": self.shared}
 
 
+def packed_names(target: str, index: int, entry: PackedEntry) -> list[str]:
+    """The names in the file of one entry's tensors."""
+    name = f"{PREFIX}{target}.{index}"
+    return [name, f"{name}.shared"] if entry.shared else [name]
+
+
 @dataclass(frozen=True, slots=True)
 class PackedFolder:
     """What config.json says of a packed folder.
@@ -108,10 +114,14 @@ def _read_layouts(raw: object) -> tuple[tuple[Any, ...], ...] | None:
 
 
 class PackedSource:
-    """A TensorSource of what lies unpacked in a packed folder; the packed tensors are asked for by `packed_tensor`."""
+    """A TensorSource of what lies unpacked in a packed folder; the packed tensors are asked for by `packed_tensor`.
 
-    def __init__(self, checkpoint: Checkpoint, folder: PackedFolder) -> None:
+    use_mmap  True: its tensors are to be used where they are mapped; False: they are to be copied
+    """
+
+    def __init__(self, checkpoint: Checkpoint, folder: PackedFolder, use_mmap: bool = True) -> None:
         self.folder = folder
+        self.use_mmap = use_mmap
         self._checkpoint = checkpoint
         self._names = [name for name in checkpoint.names() if not name.startswith(PREFIX)]
 
@@ -129,6 +139,12 @@ class PackedSource:
 
     def release(self, name: str) -> None:
         self._checkpoint.release(name)
+
+    def release_packed(self, target: str) -> None:
+        """Give back the pages of a part's packed tensors: they were copied, or are not needed for now."""
+        for i, entry in enumerate(self.folder.parts.get(target, ())):
+            for name in packed_names(target, i, entry):
+                self._checkpoint.release(name)
 
     def packed_tensor(self, name: str) -> Tensor:
         """Bytes [n] uint8, a view of the mapped file. Raises WeightsError."""

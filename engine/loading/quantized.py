@@ -115,8 +115,10 @@ class QuantizedCheckpoint:
         return layout_of(module, scheme, headers)
 
 
-def open_weights(checkpoint: Checkpoint) -> TensorSource:
+def open_weights(checkpoint: Checkpoint, use_mmap: bool = True) -> TensorSource:
     """The tensors of a checkpoint for a model: the checkpoint itself, a QuantizedCheckpoint or a PackedSource.
+
+    use_mmap  of a PackedSource
 
     Where config.json does not say so, but the tensors are those of GPTQ or AWQ, the folder's quantize_config.json or
     quant_config.json does. Raises ConfigError for a method or a value that is not implemented, and WeightsError as
@@ -124,7 +126,7 @@ def open_weights(checkpoint: Checkpoint) -> TensorSource:
     """
     packed = read_packed(checkpoint.config)
     if packed is not None:
-        return PackedSource(checkpoint, packed)
+        return PackedSource(checkpoint, packed, use_mmap)
     config = read_quantization(checkpoint.config)
     if config is None and any(name.endswith(".qweight") for name in checkpoint.names()):
         config = _read_legacy_file(checkpoint.folder)

@@ -21,13 +21,13 @@ from .weights import WeightSpec
 # Values drawn once and used for every tensor, from a place that its name decides: drawing all of a 30B model would take
 # minutes. A prime number, so that the rows of a large matrix do not repeat.
 POOL_SIZE = 4_194_301
-DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16"}
+DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
 class RandomWeights:
     """A TensorSource for the specs of a model. The same seed, name and shape give the same values in any order.
 
-    dtype  float32 or bfloat16: what the tensors are made in, so that loading converts nothing
+    dtype  float32, bfloat16 or float16: what the tensors are made in, so that loading converts nothing
     """
 
     def __init__(self, specs: Iterable[WeightSpec], dtype: torch.dtype, seed: int) -> None:

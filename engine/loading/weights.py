@@ -114,32 +114,45 @@ def load_weights(
     dtype: torch.dtype,
     consume: Consume,
     quantizer: Quantizer | None = None,
-    quantized_targets: str = "",
 ) -> None:
-    """Call `consume(spec, tensors)` for every spec in order, tensors converted to `dtype`.
+    """Compare all of a checkpoint with `specs` (check_weights), then read it (read_weights).
 
-    unused             tensors that are known and not needed; they may be absent
-    dtype              float32 or bfloat16; sources are bfloat16, float16, float32, or quantised where the spec allows
+    unused  tensors that are known and not needed; they may be absent
+    """
+    check_weights(checkpoint, specs, unused)
+    read_weights(checkpoint, specs, dtype, consume, quantizer)
+
+
+def read_weights(
+    checkpoint: TensorSource,
+    specs: Sequence[WeightSpec],
+    dtype: torch.dtype,
+    consume: Consume,
+    quantizer: Quantizer | None = None,
+) -> None:
+    """Call `consume(spec, tensors)` for every spec in order, tensors converted to `dtype`; the specs were checked.
+
+    dtype              float32, bfloat16 or float16; sources are one of these, or quantised where the spec allows
     consume            gets a sequence that reads a tensor when it is asked for it. Tensors are views of the mapped file
                        where no conversion was needed: it must not write to them. Keeping one is allowed (it keeps the
                        file mapped). The file's pages are given back soon after a tensor was read, so memory peaks at
                        what `consume` keeps plus the few tensors that it packs together.
-    quantizer          applied to linear layers of specs whose target starts with `quantized_targets`
-    Raises WeightsError listing every missing, left-over, wrongly shaped and wrongly typed tensor (the first ten of
-    each kind), before any data is read.
+    quantizer          applied to linear layers
     """
-    if dtype not in (torch.float32, torch.bfloat16):
-        raise ValueError(f"weights can be loaded as float32 or bfloat16, not {dtype}")
-    check_weights(checkpoint, specs, unused)
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"weights can be loaded as float32, bfloat16 or float16, not {dtype}")
     for spec in specs:
-        chosen = quantizer if spec.target.startswith(quantized_targets) else None
-        tensors = SpecTensors(checkpoint, spec, dtype, chosen)
+        tensors = SpecTensors(checkpoint, spec, dtype, quantizer)
         consume(spec, tensors)
         tensors.release()
 
 
 def check_weights(checkpoint: TensorSource, specs: Sequence[WeightSpec], unused: Iterable[str]) -> None:
-    """Compare names, shapes and dtypes of a checkpoint with what a model declares; raises WeightsError listing all."""
+    """Compare names, shapes and dtypes of a checkpoint with what a model declares; no data is read.
+
+    Raises WeightsError listing every missing, left-over, wrongly shaped and wrongly typed tensor, the first ten of each
+    kind.
+    """
     wanted = {name: shape for spec in specs for name, shape in zip(spec.sources, spec.shapes, strict=True)}
     not_linear = {name for spec in specs for name in spec.sources if name not in spec.linear}
     present = set(checkpoint.names())

@@ -16,6 +16,7 @@ from ..errors import ConfigError
 from ..ops import OpCase, Ops
 from .sam import resize_grid
 from .weight_map import Norm, Part, linear_part, norm_part, tensor_part
+from .workspace import Workspace
 
 Stages = Callable[[str, Tensor], None]
 PREFIX = "model.vision_model"
@@ -56,11 +57,13 @@ def clip_cases(config: ClipConfig, dtype: torch.dtype) -> list[OpCase]:
 class ClipTower:
     """A second tower (see deepseek_ocr.SecondTower): its rows are [clip output | SAM features], class token dropped."""
 
-    def __init__(self, config: ClipConfig, sam_channels: int, packed: Mapping[str, Any], ops: Ops) -> None:
+    def __init__(
+        self, config: ClipConfig, sam_channels: int, packed: Mapping[str, Any], ops: Ops, scratch: Workspace
+    ) -> None:
         if sam_channels != config.width:
             raise ConfigError(f"clip width {config.width} must equal SAM's last downsample channel {sam_channels}")
         self.config = config
-        self._ops = ops
+        self._ops, self._scratch = ops, scratch
         self._packed = packed
         self._class: Tensor = packed["clip.class_embedding"]
         self._table: Tensor = packed["clip.positions"]
@@ -88,18 +91,22 @@ class ClipTower:
 
     def _layer(self, index: int, x: Tensor) -> None:
         """x [B, T, C] is replaced by the layer's output."""
-        ops, eps = self._ops, self.config.layer_norm_eps
+        ops, eps, take = self._ops, self.config.layer_norm_eps, self._scratch.take
         at = f"clip.{index}"
         norm1: Norm = self._packed[f"{at}.norm1"]
         norm2: Norm = self._packed[f"{at}.norm2"]
         batch, tokens, width = x.shape
         rows = x.view(-1, width)
-        normed = ops.layer_norm(rows, norm1.weight, norm1.bias, eps)
-        qkv = ops.linear(normed, self._packed[f"{at}.qkv"]).view(batch, tokens, 3 * width)
-        seen = ops.attention(qkv, self.config.heads)
-        ops.linear(seen.view(-1, width), self._packed[f"{at}.out"], residual=rows, out=rows)
+        count, inner = rows.shape[0], int(width * self.config.mlp_ratio)
+        normed = take("normed", (count, width), x.dtype)
+        ops.layer_norm(rows, norm1.weight, norm1.bias, eps, out=normed)
+        qkv = ops.linear(normed, self._packed[f"{at}.qkv"], out=take("wide", (count, 3 * width), x.dtype))
+        # What `normed` held is in qkv.
+        ops.attention(qkv.view(batch, tokens, -1), self.config.heads, out=normed.view(batch, tokens, width))
+        ops.linear(normed, self._packed[f"{at}.out"], residual=rows, out=rows)
         ops.layer_norm(rows, norm2.weight, norm2.bias, eps, out=normed)
-        hidden = ops.linear(normed, self._packed[f"{at}.fc1"], activation="quick_gelu")
+        wide = take("wide", (count, inner), x.dtype)
+        hidden = ops.linear(normed, self._packed[f"{at}.fc1"], activation="quick_gelu", out=wide)
         ops.linear(hidden, self._packed[f"{at}.fc2"], residual=rows, out=rows)
 
     def _position(self, q: int) -> Tensor:

@@ -6,7 +6,7 @@ and by where their tensors are named. Source: deepseek-ocr.md sections 2.4 and 7
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from ..errors import ConfigError, ShapeError
 from ..ops import OpCase, Ops, RopeTable
 from ..quantization import Weight, take_rows
 from ..types import ForwardBatch, KVCacheView
+from . import traffic
 from .rope import rope_table
 from .step_programs import StepPrograms
 from .weight_map import HEAD_PART, Part, fused_linear_part, linear_part, part, plain, swiglu_shapes, tensor_part
@@ -160,6 +161,11 @@ class DecoderLayer:
         self._moe = config.moe if is_moe(config, index) else None
         self._scale = config.head_dim**-0.5
 
+    def packed_parts(self) -> Iterator[Any]:
+        yield from self._qkv.packed
+        yield self._o
+        yield self._ffn
+
     def forward(self, x: Tensor, batch: ForwardBatch, kv: KVCacheView, rope: RopeTable, scratch: Workspace) -> None:
         """x [N, C] is replaced by the layer's output; this layer's keys and values go to the cache."""
         self._attend(x, batch, kv, rope, scratch)
@@ -175,6 +181,7 @@ class DecoderLayer:
     def _attend(self, x: Tensor, batch: ForwardBatch, kv: KVCacheView, rope: RopeTable, scratch: Workspace) -> None:
         cfg, ops, n = self._config, self._ops, x.shape[0]
         keys, values = kv.keys[self._index], kv.values[self._index]
+        key_scales, value_scales = kv.scales(self._index)
         heads = (n, cfg.num_heads, cfg.head_dim)
         normed = scratch.take("normed", (n, cfg.hidden_size), x.dtype)
         ops.rms_norm(x, self._input_norm, cfg.rms_norm_eps, out=normed)
@@ -192,6 +199,8 @@ class DecoderLayer:
             self._k_norm,
             cfg.rms_norm_eps,
             out=scratch.take("q", heads, x.dtype),
+            key_scales=key_scales,
+            value_scales=value_scales,
         )
         seen = ops.paged_attention(
             q,
@@ -202,6 +211,8 @@ class DecoderLayer:
             batch.context_lens,
             self._scale,
             out=scratch.take("seen", heads, x.dtype),
+            key_scales=key_scales,
+            value_scales=value_scales,
         )
         ops.linear(seen.view(n, -1), self._o, residual=x, out=x)
 
@@ -219,13 +230,28 @@ class Decoder:
         self._norm: Tensor = packed["decoder.norm"]
         self._lm_head = packed.get(HEAD_PART)
         self._layers = [DecoderLayer(config, i, packed, ops) for i in range(config.num_layers)]
-        self._rope = rope_table(config)
+        self._rope = rope_table(config, self._embed.device)
         self._scratch = Workspace(self._embed.device)
         self._steps = StepPrograms(ops, self._scratch)
 
     @property
     def dtype(self) -> torch.dtype:
         return self._embed.dtype
+
+    def token_bytes(self) -> int | None:
+        """Bytes of weights that a step of one token reads, without the cache; None if the backend does not tell."""
+        return traffic.token_bytes(self._ops, self._packed_parts(), self.config.moe.top_k if self.config.moe else 0)
+
+    @property
+    def rounds_inputs(self) -> bool:
+        """Whether the linear layers multiply 8-bit integers."""
+        return traffic.rounds_inputs(self._ops, self._packed_parts())
+
+    def _packed_parts(self) -> Iterator[Any]:
+        for layer in self._layers:
+            yield from layer.packed_parts()
+        if self._lm_head is not None:
+            yield self._lm_head
 
     @property
     def has_head(self) -> bool:

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..config import DeepseekOcrConfig
 from ..errors import ShapeError
 from ..loading.model_config import read_model_config
+from ..loading.packed import PackedSource
 from ..loading.weights import TensorSource, WeightSpec
 from ..ops import OpCase, Ops
 from ..quantization import Weight
@@ -26,6 +27,7 @@ from .decoder import Decoder, decoder_cases, decoder_parts
 from .load_parts import load_parts
 from .sam import SamTower, sam_cases, sam_parts
 from .weight_map import OpenedParts, Part, QuantizeTo, linear_part, pack_parts, tensor_part
+from .workspace import Workspace
 
 if TYPE_CHECKING:
     from ..vision.tiling import TilePlan
@@ -81,6 +83,38 @@ class DeepEncoder:
         return projected.view(batch, q, q, -1)
 
 
+class TowerWeights(Protocol):
+    """Weights of the towers and the projector that are not always in memory."""
+
+    def load(self) -> Mapping[str, Any]:
+        """Their packed parts."""
+
+    def release(self) -> None:
+        """Give back what the packed parts took, after the last of them has gone."""
+
+
+def is_tower(target: str) -> bool:
+    """Whether a part is needed only while images are encoded."""
+    return target.startswith(("sam.", "clip.", "projector"))
+
+
+class SourceTowers:
+    """TowerWeights from an open checkpoint."""
+
+    def __init__(self, opened: OpenedParts, dtype: torch.dtype, ops: Ops, quantize_to: QuantizeTo | None) -> None:
+        self._opened, self._dtype, self._ops, self._quantize_to = opened, dtype, ops, quantize_to
+
+    def load(self) -> Mapping[str, Any]:
+        return load_parts(self._opened, self._dtype, self._ops, self._quantize_to, wanted=is_tower)
+
+    def release(self) -> None:
+        source = self._opened.source
+        if isinstance(source, PackedSource):
+            for part in self._opened.parts:
+                if is_tower(part.spec.target):
+                    source.release_packed(part.spec.target)
+
+
 class NewlineLayout:
     """DeepSeek-OCR's layout: a newline vector after every row of features, one separator at the end."""
 
@@ -92,17 +126,52 @@ class NewlineLayout:
 
 
 class DeepseekOcr:
-    """The whole network. Not re-entrant: one call at a time."""
+    """The whole network. Not re-entrant: one call at a time.
+
+    towers  None: `packed` has all parts. Else the towers' are asked of it when an image comes, kept until
+            `free_encoder`, and the tiles of a page are encoded one by one (the same bits in less memory).
+    """
 
     UNUSED = clip.UNUSED
 
-    def __init__(self, config: DeepseekOcrConfig, packed: Mapping[str, Any], dtype: torch.dtype, ops: Ops) -> None:
+    def __init__(
+        self,
+        config: DeepseekOcrConfig,
+        packed: Mapping[str, Any],
+        dtype: torch.dtype,
+        ops: Ops,
+        towers: TowerWeights | None = None,
+    ) -> None:
         self.config, self.dtype, self.ops = config, dtype, ops
-        sam = SamTower(config.sam, packed, ops)
-        second = ClipTower(config.clip, config.sam.downsample_channels[1], packed, ops)
-        self.encoder = DeepEncoder(sam, second, packed["projector"], ops)
+        self._towers = towers
+        self._scratch = Workspace()
+        self._encoder = self._new_encoder(packed) if towers is None else None
         self.layout: Layout = NewlineLayout(packed["image_newline"], packed["view_separator"])
         self.decoder = Decoder(config.decoder, packed, ops)
+
+    @property
+    def encoder(self) -> DeepEncoder:
+        if self._encoder is None:
+            # Without `towers` there is always an encoder.
+            self._encoder = self._new_encoder(self._towers.load() if self._towers else {})
+        return self._encoder
+
+    def _new_encoder(self, packed: Mapping[str, Any]) -> DeepEncoder:
+        sam = SamTower(self.config.sam, packed, self.ops, self._scratch)
+        last = self.config.sam.downsample_channels[1]
+        second = ClipTower(self.config.clip, last, packed, self.ops, self._scratch)
+        return DeepEncoder(sam, second, packed["projector"], self.ops)
+
+    @property
+    def has_encoder(self) -> bool:
+        """Whether the towers' weights are in memory."""
+        return self._encoder is not None
+
+    def free_encoder(self) -> None:
+        """Free the towers until the next image, if they can be loaded again."""
+        if self._towers is not None and self._encoder is not None:
+            self._encoder = None
+            self._towers.release()
 
     @staticmethod
     def read_config(raw: Mapping[str, Any], generation: Mapping[str, Any] | None = None) -> DeepseekOcrConfig:
@@ -142,9 +211,17 @@ class DeepseekOcr:
         dtype: torch.dtype,
         ops: Ops,
         quantize_to: QuantizeTo | None = None,
+        low_memory: bool = False,
     ) -> DeepseekOcr:
-        """Pack every tensor as it is read; see load_parts. Raises WeightsError listing what does not fit."""
-        return cls(config, load_parts(cls.open_parts(checkpoint, config), dtype, ops, quantize_to), dtype, ops)
+        """Pack every tensor as it is read; see load_parts. Raises WeightsError listing what does not fit.
+
+        low_memory  the towers are loaded when an image comes: the checkpoint must stay open
+        """
+        opened = cls.open_parts(checkpoint, config)
+        if not low_memory:
+            return cls(config, load_parts(opened, dtype, ops, quantize_to), dtype, ops)
+        packed = load_parts(opened, dtype, ops, quantize_to, wanted=lambda target: not is_tower(target))
+        return cls(config, packed, dtype, ops, SourceTowers(opened, dtype, ops, quantize_to))
 
     @classmethod
     def open_parts(cls, checkpoint: TensorSource, config: DeepseekOcrConfig) -> OpenedParts:
@@ -168,15 +245,26 @@ class DeepseekOcr:
     def encode_image(self, views: Views, plan: TilePlan, stages: Stages | None = None) -> Tensor:
         """One page's rows [plan.num_image_tokens, C] in prompt order, new memory.
 
-        All tiles go through the encoder as one batch, together with the global view if they have its size.
+        All tiles go through the encoder as one batch, together with the global view if they have its size; one by one
+        if the towers come and go. The buffers of the encoder are freed.
         """
+        try:
+            return self._encode(views, plan, stages)
+        finally:
+            self._scratch.clear()
+
+    def _encode(self, views: Views, plan: TilePlan, stages: Stages | None) -> Tensor:
         page, tiles = views.global_view, views.tiles
         if (0 if tiles is None else tiles.shape[0]) != plan.num_tiles:
             raise ShapeError(f"the page has {0 if tiles is None else tiles.shape[0]} tiles, its plan {plan.num_tiles}")
-        page = page.to(self.dtype)
+        page = page.to(self.ops.device, self.dtype)
+        if self._towers is not None and tiles is not None:
+            placed = (tile[None].to(self.ops.device, self.dtype) for tile in tiles)
+            one_by_one = [self.encoder.encode_views(tile, stages) for tile in placed]
+            return self.layout(self.encoder.encode_views(page, stages)[0], torch.cat(one_by_one), plan)
         if tiles is None:
             return self.layout(self.encoder.encode_views(page, stages)[0], None, plan)
-        tiles = tiles.to(self.dtype)
+        tiles = tiles.to(self.ops.device, self.dtype)
         if tiles.shape[2:] == page.shape[2:]:
             features = self.encoder.encode_views(torch.cat([tiles, page]), stages)
             return self.layout(features[-1], features[:-1], plan)

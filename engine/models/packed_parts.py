@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import WeightsError
-from ..loading.packed import PREFIX, Form, PackedEntry
+from ..loading.packed import Form, PackedEntry, PackedSource, packed_names
 from ..ops import Ops
 from .weight_map import FusedLinear, Part
 
@@ -30,33 +30,33 @@ def write_part(part: Part, packed: Any, ops: Ops, add: Callable[[str, Tensor], N
             return None
         entry, tensors = found
         entries.append(entry)
-        for name, tensor in zip(tensor_names(part.spec.target, i, entry), tensors, strict=True):
+        for name, tensor in zip(packed_names(part.spec.target, i, entry), tensors, strict=True):
             add(name, tensor.clone())  # the packed object goes before its shard is written
     return entries
 
 
-def tensor_names(target: str, index: int, entry: PackedEntry) -> list[str]:
-    name = f"{PREFIX}{target}.{index}"
-    return [name, f"{name}.shared"] if entry.shared else [name]
-
-
-def map_part(
-    part: Part, entries: Sequence[PackedEntry], dtype: torch.dtype, ops: Ops, tensor: Callable[[str], Tensor]
-) -> Any:
-    """What part.pack would give, over mapped memory. Raises WeightsError if the file does not fit the model."""
+def map_part(part: Part, ops: Ops, source: PackedSource) -> Any:
+    """What part.pack would give, over the folder's bytes: mapped, or copied if the source says so."""
     target = part.spec.target
-    fault = find_fault(part, entries, DTYPE_CODES[dtype])
-    if fault:
-        raise WeightsError(f"packed part {target} does not fit the model: {fault}; write the folder again")
-    pieces = [
-        ops.map_packed(entry, [tensor(name) for name in tensor_names(target, i, entry)])
-        for i, entry in enumerate(entries)
-    ]
+    entries = source.folder.parts[target]
+    pieces = []
+    for i, entry in enumerate(entries):
+        tensors = [source.packed_tensor(name) for name in packed_names(target, i, entry)]
+        pieces.append(ops.map_packed(entry, tensors, copied=not source.use_mmap))
+    if not source.use_mmap:
+        source.release_packed(target)
     if not part.fused:
         return pieces[0]
     ends = [sum(entry.layouts[0][0] for entry in entries[: i + 1]) for i in range(len(entries))]
     columns = [slice(end - entry.layouts[0][0], end) for end, entry in zip(ends, entries)]
     return FusedLinear(tuple(pieces), tuple(columns))
+
+
+def check_part(part: Part, entries: Sequence[PackedEntry], dtype: torch.dtype) -> None:
+    """Raises WeightsError if a packed part of a file does not fit the model."""
+    fault = find_fault(part, entries, DTYPE_CODES[dtype])
+    if fault:
+        raise WeightsError(f"packed part {part.spec.target} does not fit the model: {fault}; write the folder again")
 
 
 def find_fault(part: Part, entries: Sequence[PackedEntry], dtype_code: int) -> str | None:

@@ -74,8 +74,12 @@ class TextModel:
         dtype: torch.dtype,
         ops: Ops,
         quantize_to: QuantizeTo | None = None,
+        low_memory: bool = False,
     ) -> TextModel:
-        """Pack every tensor as it is read; see load_parts. Raises WeightsError listing what does not fit."""
+        """Pack every tensor as it is read; see load_parts. Raises WeightsError listing what does not fit.
+
+        low_memory  must be False: all parts are needed for every token
+        """
         return cls(config, load_parts(cls.open_parts(checkpoint, config), dtype, ops, quantize_to), dtype, ops)
 
     @classmethod

@@ -32,6 +32,7 @@ class ModelClass(Protocol):
         dtype: torch.dtype,
         ops: Ops,
         quantize_to: QuantizeTo | None = None,
+        low_memory: bool = False,
     ) -> Any: ...
 
 

@@ -11,13 +11,15 @@ from ..config import DecoderConfig, YarnConfig
 from ..ops import RopeTable
 
 
-def rope_table(config: DecoderConfig) -> RopeTable:
-    """cos and sin for every position that the decoder may have."""
+def rope_table(config: DecoderConfig, device: torch.device) -> RopeTable:
+    """cos and sin for every position that the decoder may have, on the device."""
     positions, yarn = config.max_position_embeddings, config.yarn
     if yarn is None:
-        return RopeTable.build(positions, config.head_dim, config.rope_theta)
-    frequencies = yarn_frequencies(yarn, config.head_dim, config.rope_theta)
-    return RopeTable.from_frequencies(positions, frequencies, yarn.attention_factor)
+        table = RopeTable.build(positions, config.head_dim, config.rope_theta)
+    else:
+        frequencies = yarn_frequencies(yarn, config.head_dim, config.rope_theta)
+        table = RopeTable.from_frequencies(positions, frequencies, yarn.attention_factor)
+    return RopeTable(table.cos.to(device), table.sin.to(device))
 
 
 def yarn_frequencies(yarn: YarnConfig, head_dim: int, theta: float) -> Tensor:

@@ -6,7 +6,7 @@ resized with antialiasing, the relative tables without).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from ..config import SamConfig
 from ..errors import ShapeError
 from ..ops import OpCase, Ops
 from .weight_map import Norm, Part, Shape, linear_part, norm_part, part, tensor_part
+from .workspace import Workspace
 
 Stages = Callable[[str, Tensor], None]
 PREFIX = "model.sam_model"
@@ -45,11 +46,11 @@ def sam_parts(config: SamConfig) -> list[Part]:
     for i in range(config.layers):
         to, of = f"sam.{i}", f"{PREFIX}.blocks.{i}"
         size = grid if i in config.global_attn_indexes else config.window_size
-        qkv = {f"{of}.attn.qkv.weight": (3 * c, c), f"{of}.attn.qkv.bias": (3 * c,)}
         parts += [
             norm_part(f"{to}.norm1", f"{of}.norm1", c),
             norm_part(f"{to}.norm2", f"{of}.norm2", c),
-            part(f"{to}.qkv", qkv, _pack_qkv),
+            linear_part(f"{to}.qkv", f"{of}.attn.qkv", 3 * c, c, bias=True),
+            tensor_part(f"{to}.qkv_bias", f"{of}.attn.qkv.bias", (3 * c,)),  # what the padding of a window holds
             linear_part(f"{to}.proj", f"{of}.attn.proj", c, c, bias=True),
             tensor_part(f"{to}.rel_h", f"{of}.attn.rel_pos_h", (2 * size - 1, head_dim)),
             tensor_part(f"{to}.rel_w", f"{of}.attn.rel_pos_w", (2 * size - 1, head_dim)),
@@ -61,11 +62,6 @@ def sam_parts(config: SamConfig) -> list[Part]:
     neck: dict[str, Shape] = {f"{PREFIX}.{name}": shape for name, shape in zip(NECK.values(), shapes)}
     parts.append(part("sam.neck", neck, lambda ops, tensors: ops.pack_conv_downsample(dict(zip(NECK, tensors)))))
     return parts
-
-
-def _pack_qkv(ops: Ops, tensors: Sequence[Tensor]) -> tuple[Any, Tensor]:
-    """The packed linear and its bias, which is what the padding of a window holds after it."""
-    return ops.pack_linear(*tensors), tensors[1].clone()
 
 
 def sam_cases(config: SamConfig, dtype: torch.dtype) -> list[OpCase]:
@@ -110,31 +106,35 @@ def resize_relative(table: Tensor, size: int) -> Tensor:
 class SamBlock:
     """x + attention(norm(x)), then x + mlp(norm(x)), in place."""
 
-    def __init__(self, config: SamConfig, index: int, packed: Mapping[str, Any], ops: Ops) -> None:
+    def __init__(self, config: SamConfig, index: int, packed: Mapping[str, Any], ops: Ops, scratch: Workspace) -> None:
         def get(name: str) -> Any:
             return packed[f"sam.{index}.{name}"]
 
-        self._config, self._ops = config, ops
+        self._config, self._ops, self._scratch = config, ops, scratch
         self._window = 0 if index in config.global_attn_indexes else config.window_size
         self._norm1: Norm = get("norm1")
         self._norm2: Norm = get("norm2")
-        self._qkv, self._qkv_bias = get("qkv")
-        self._proj, self._lin1, self._lin2 = get("proj"), get("lin1"), get("lin2")
+        self._qkv, self._proj, self._lin1, self._lin2 = get("qkv"), get("proj"), get("lin1"), get("lin2")
+        self._qkv_bias: Tensor = get("qkv_bias")
         self._rel = (get("rel_h"), get("rel_w"))
         self._tables: dict[int, tuple[Tensor, Tensor]] = {}
 
     def forward(self, x: Tensor) -> None:
         """x [B, g, g, C] is replaced by the block's output."""
-        ops, eps = self._ops, self._config.layer_norm_eps
+        ops, eps, take = self._ops, self._config.layer_norm_eps, self._scratch.take
         batch, grid, _, width = x.shape
         rows = x.view(-1, width)
-        normed = ops.layer_norm(rows, self._norm1.weight, self._norm1.bias, eps)
-        qkv = ops.linear(normed, self._qkv).view(batch, grid, grid, 3 * width)
+        count, inner = rows.shape[0], int(width * self._config.mlp_ratio)
+        normed = take("normed", (count, width), x.dtype)
+        ops.layer_norm(rows, self._norm1.weight, self._norm1.bias, eps, out=normed)
+        qkv = ops.linear(normed, self._qkv, out=take("wide", (count, 3 * width), x.dtype))
+        qkv = qkv.view(batch, grid, grid, 3 * width)
         rel_h, rel_w = self._relative(self._window or grid)
-        seen = ops.window_attention(qkv, self._qkv_bias, rel_h, rel_w, self._config.heads, self._window)
-        ops.linear(seen.view(-1, width), self._proj, residual=rows, out=rows)
+        seen = normed.view(batch, grid, grid, width)  # what it held is in qkv
+        ops.window_attention(qkv, self._qkv_bias, rel_h, rel_w, self._config.heads, self._window, out=seen)
+        ops.linear(normed, self._proj, residual=rows, out=rows)
         ops.layer_norm(rows, self._norm2.weight, self._norm2.bias, eps, out=normed)
-        hidden = ops.linear(normed, self._lin1, activation="gelu")
+        hidden = ops.linear(normed, self._lin1, activation="gelu", out=take("wide", (count, inner), x.dtype))
         ops.linear(hidden, self._lin2, residual=rows, out=rows)
 
     def _relative(self, size: int) -> tuple[Tensor, Tensor]:
@@ -146,13 +146,13 @@ class SamBlock:
 class SamTower:
     """Pixels [B, 3, S, S] -> features [B, q, q, F] with q = S/64, channels last. Tables that depend on S are kept."""
 
-    def __init__(self, config: SamConfig, packed: Mapping[str, Any], ops: Ops) -> None:
+    def __init__(self, config: SamConfig, packed: Mapping[str, Any], ops: Ops, scratch: Workspace) -> None:
         self.config = config
         self._ops = ops
         self._patch = packed["sam.patch_embed"]
         self._pos_embed: Tensor = packed["sam.pos_embed"]
         self._neck = packed["sam.neck"]
-        self._blocks = [SamBlock(config, i, packed, ops) for i in range(config.layers)]
+        self._blocks = [SamBlock(config, i, packed, ops, scratch) for i in range(config.layers)]
         self._positions: dict[int, Tensor] = {}
 
     def forward(self, pixels: Tensor, stages: Stages | None = None) -> Tensor:

@@ -21,13 +21,17 @@ from ..quantization import Weight, stack_rows
 Pack = Callable[[Ops, Sequence[Any]], Any]
 Shape = tuple[int, ...]
 QuantizeTo = Literal["int8", "int4"]
-QUANTIZED_ON_LOAD = "decoder."  # targets whose linear layers `weights="int8"` and "int4" mean: not the vision towers
+DECODER_PARTS = "decoder."  # how the targets of the decoder's parts begin
 HEAD_PART = "decoder.lm_head"
 
 
 def kind_on_load(quantize_to: QuantizeTo, spec: WeightSpec) -> QuantizeTo:
-    """The output head keeps 8 bits: it is one layer, and its errors go straight into the choice of tokens."""
-    return "int8" if spec.target == HEAD_PART else quantize_to
+    """What a linear layer becomes.
+
+    Two keep 8 bits: the output head, which is one layer and whose errors go straight into the choice of tokens, and the
+    vision towers, which multiply many rows, so that 4 bits would save no time and little memory.
+    """
+    return quantize_to if spec.target.startswith(DECODER_PARTS) and spec.target != HEAD_PART else "int8"
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,11 +39,13 @@ class Part:
     """One packed part: `spec` names its target, sources and shapes; `pack` turns the sources into what an op takes.
 
     fused  `pack` gives a FusedLinear
+    as_is  `pack` gives a copy of the one source
     """
 
     spec: WeightSpec
     pack: Pack
     fused: bool = False
+    as_is: bool = False
 
 
 class OpenedParts(NamedTuple):
@@ -73,9 +79,19 @@ def plain(weight: Weight) -> Tensor:
     return weight if isinstance(weight, Tensor) else weight.float().to(weight.dtype)
 
 
+def place(packed: Any, device: torch.device) -> Any:
+    """What a part packed, its plain tensors moved to the device; packed weights are where their backend put them."""
+    if isinstance(packed, Tensor):
+        return packed.to(device)
+    if isinstance(packed, tuple):
+        moved = [place(item, device) for item in packed]
+        return type(packed)(*moved) if hasattr(packed, "_fields") else tuple(moved)
+    return packed
+
+
 def tensor_part(target: str, name: str, shape: Shape) -> Part:
     """One tensor as it is, copied: a view of the checkpoint would tie the model's life to the file's."""
-    return part(target, {name: shape}, lambda _ops, tensors: tensors[0].clone())
+    return replace(part(target, {name: shape}, lambda _ops, tensors: tensors[0].clone()), as_is=True)
 
 
 def norm_part(target: str, prefix: str, width: int) -> Part:
@@ -162,8 +178,14 @@ def pack_parts(
         tensor = tensors[name]
         if not isinstance(tensor, Tensor):
             return tensor.to(dtype)
-        if quantize_to is not None and spec.target.startswith(QUANTIZED_ON_LOAD) and spec.is_quantized_on_load(name):
+        if quantize_to is not None and spec.is_quantized_on_load(name):
             return ops.quantize(tensor.detach().flatten(0, -2), kind_on_load(quantize_to, spec)).to(dtype)
         return tensor.detach().to(dtype)
 
-    return {p.spec.target: p.pack(ops, [taken(p.spec, name) for name in p.spec.sources]) for p in parts}
+    return {p.spec.target: pack_part(p, ops, [taken(p.spec, name) for name in p.spec.sources]) for p in parts}
+
+
+def pack_part(part: Part, ops: Ops, tensors: Sequence[Any]) -> Any:
+    """A part packed, on the device of the ops."""
+    packed = part.pack(ops, tensors)
+    return packed if ops.device.type == "cpu" else place(packed, ops.device)

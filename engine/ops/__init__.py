@@ -3,8 +3,8 @@
 A backend is an object with these methods (`reference` in torch is always complete and is the test oracle; `native` is
 C++). `registry.resolve_ops` chooses a backend for each op once, when a model is built, and returns one `Ops` table.
 Common rules:
-- Activations are float32 or bfloat16, last axis contiguous. Sums, softmax and norms are computed in float32; a result
-  is rounded to the activation dtype once, at the end of the op.
+- Activations are float32 or bfloat16 (triton: or float16), last axis contiguous, on the backend's device. Sums, softmax
+  and norms are computed in float32; a result is rounded to the activation dtype once, at the end of the op.
 - `out` is written and returned when given (it may be `x` or `residual` itself where the docstring says so), otherwise a
   new tensor is made. Packed weights come from the same backend's `pack_*`.
 - A weight of a linear layer may be quantised (QuantizedWeight): it then counts as the exact matrix W of its definition,
@@ -13,14 +13,15 @@ Common rules:
   a group, which is exact, and the groups in float32.
 - Batch invariance (native): a row's result has the same bits whatever other rows are in the call. For the vision ops a
   row is a view.
-- Errors: ShapeError if shapes or dtypes break the contract.
+- Errors: ShapeError if shapes or dtypes break the contract. triton cannot see ids, slots and positions that are
+  outside their tables: it leaves such rows out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -44,6 +45,7 @@ OP_NAMES = (
     "window_attention",
     "attention",
     "conv_downsample",
+    "sample",
 )
 
 
@@ -102,13 +104,32 @@ class Routing:
     permutation: Tensor
 
 
+class SamplingCut(NamedTuple):
+    """How `sample` chooses from one row.
+
+    temperature 0: the largest logit, and the rest counts for nothing. Else top_k 0 and top_p 1 and min_p 0 cut nothing;
+    0 < top_p <= 1, 0 <= min_p <= 1, 0 <= uniform < 1.
+    """
+
+    temperature: float
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    uniform: float = 0.0
+
+
 class Program(Protocol):
     """Records the ops that this thread calls between `begin` and `end`, and makes the same calls again in one.
 
     `replay` reads and writes the memory that the recorded calls did; whoever replays knows that it is still there, in
     the same shapes. It returns -1, or the index of the call that found something bad (an id outside its table), after
     which it stopped; calling the ops again raises the error.
+
+    runs_while_recording  False: the calls are recorded and not made, so that they must have been made once before, and
+                          a replay must follow
     """
+
+    runs_while_recording: bool
 
     def begin(self) -> None: ...
     def end(self) -> None: ...
@@ -119,6 +140,7 @@ class Ops(Protocol):
     """One chosen implementation per op; see the module docstring for the common rules."""
 
     name: str
+    device: torch.device  # where all tensors of the ops are
 
     def new_program(self) -> Program | None:
         """A recorder of this backend's calls; None if it cannot record, or runs not all ops of a decoder."""
@@ -152,8 +174,11 @@ class Ops(Protocol):
         The tensors are views that live as long as `packed`.
         """
 
-    def map_packed(self, entry: PackedEntry, tensors: list[Tensor]) -> Any:
-        """The packed object whose bytes lie in `tensors`, which are used in place and kept alive, not copied."""
+    def map_packed(self, entry: PackedEntry, tensors: list[Tensor], copied: bool = False) -> Any:
+        """The packed object whose bytes lie in `tensors`, which are used in place and kept alive.
+
+        copied  the bytes are copied into huge pages instead, and the tensors are not kept
+        """
 
     # ---- decoder ---------------------------------------------------------------------------------------------------
     def embedding(self, token_ids: Tensor, table: Tensor, out: Tensor | None = None) -> Tensor:
@@ -196,13 +221,23 @@ class Ops(Protocol):
         k_norm: Tensor | None = None,
         eps: float = 1e-6,
         out: Tensor | None = None,
+        key_scales: Tensor | None = None,
+        value_scales: Tensor | None = None,
     ) -> Tensor:
         """Optional RMSNorm of each q and k head, rotate-half RoPE on both, then k and v go to the paged cache.
 
         qkv [N, (H+2K)*D] laid out q | k | v; positions, slots [N] int32; keys, values [num_blocks, block_size, K, D]
-        are written in place at slot = block*block_size + offset. Rotation: pairs (i, i+D/2),
+        in qkv's dtype are written in place at slot = block*block_size + offset. Rotation: pairs (i, i+D/2),
         out_i = x_i cos_i - x_{i+D/2} sin_i; out_{i+D/2} = x_{i+D/2} cos_i + x_i sin_i, in float32.
         Returns the rotated queries [N, H, D]. A slot or position outside its table is a ShapeError.
+
+        How the elements of a block are arranged in keys[block] and values[block] is the backend's own matter: only its
+        paged_attention reads them. Blocks may be copied whole.
+
+        With key_scales and value_scales [num_blocks, K, block_size] float32 the cache is int8: keys and values are
+        uint8, as many bytes as elements, in the backend's own form. Each rotated key and each value row x [D] is
+        stored as round(x * (127 / m)), m its largest magnitude, ties to even, with the scale m / 127; as zeros with
+        the scale 0 if m < 1e-30, and with the scale NaN if it has a NaN or an infinity. A block's scales belong to it.
         """
 
     def paged_attention(
@@ -215,11 +250,16 @@ class Ops(Protocol):
         context_lens: Tensor,
         scale: float,
         out: Tensor | None = None,
+        key_scales: Tensor | None = None,
+        value_scales: Tensor | None = None,
     ) -> Tensor:
         """Causal attention over the paged cache, prefill chunks and decodes in one call, GQA (H a multiple of K).
 
         q [N, H, D]; query row t of sequence s (of n_s rows) stands at position context_lens[s] - n_s + t and sees the
         keys at positions <= its own, found through block_tables[s]. softmax(q.k * scale) v -> [N, H, D].
+        keys, values and scales are those that qk_norm_rope_store of the same backend filled. With an int8 cache the
+        native backend rounds queries and softmax weights to 15 and 16 bits of their largest. triton rounds the weights
+        of the softmax to q's dtype, as in window_attention.
         """
 
     def swiglu_ffn(self, x: Tensor, ffn: Any, residual: Tensor | None = None, out: Tensor | None = None) -> Tensor:
@@ -257,7 +297,14 @@ class Ops(Protocol):
         """Non-overlapping patches times weight.  pixels [B, 3, S, S]; weight from pack_patch_embed -> [B, g, g, C]."""
 
     def window_attention(
-        self, qkv: Tensor, pad_qkv: Tensor, rel_h: Tensor, rel_w: Tensor, num_heads: int, window: int
+        self,
+        qkv: Tensor,
+        pad_qkv: Tensor,
+        rel_h: Tensor,
+        rel_w: Tensor,
+        num_heads: int,
+        window: int,
+        out: Tensor | None = None,
     ) -> Tensor:
         """SAM attention with decomposed relative positions (ViTDet), in windows or over the whole grid (window 0).
 
@@ -268,7 +315,7 @@ class Ops(Protocol):
         bfloat16 before they meet v (their sum is not). Returns [B, G, G, C].
         """
 
-    def attention(self, qkv: Tensor, num_heads: int) -> Tensor:
+    def attention(self, qkv: Tensor, num_heads: int, out: Tensor | None = None) -> Tensor:
         """Bidirectional attention.  qkv [B, T, 3*C] laid out q | k | v, scale 1/sqrt(D) -> [B, T, C].
 
         In bfloat16 the weights of the softmax may be rounded, as in window_attention.
@@ -278,4 +325,19 @@ class Ops(Protocol):
         """SAM neck and two stride-2 convolutions: conv1x1, LayerNorm over channels, conv3x3 pad 1, LayerNorm,
         conv3x3 stride 2 pad 1, conv3x3 stride 2 pad 1; no activation.  x [B, G, G, C] -> [B, G/4, G/4, F3]. In bfloat16
         the results of the norms and of the third convolution may be rounded on the way.
+        """
+
+    # ---- the next token --------------------------------------------------------------------------------------------
+    def sample(self, logits: Tensor, cuts: Sequence[SamplingCut]) -> list[int]:
+        """The next token of each row.  logits [N, V] float32, V >= 1, a cut a row; a row depends on its own cut alone.
+
+        -1 where the row's largest logit is not finite (a NaN counts as largest). With temperature 0 the largest logit,
+        the lowest id among equals. Else `uniform` inverts the cumulative distribution of softmax(row / temperature) cut
+        to the top_k largest logits (the lowest ids among equals), then to the tokens of at least min_p times the
+        largest probability, then to the fewest whose probabilities, renormalised after the cuts before, reach top_p.
+        Candidates stand in falling order of probability, lowest id first among equals. Weights are
+        exp((logit - largest) / temperature), the difference in float32, all else in float64.
+
+        Backends add the weights in different orders: where uniform falls within some 1e-12 of a border between two
+        candidates they may choose differently.
         """

@@ -6,12 +6,15 @@ the process is changed. One call at a time: a second thread waits for the first.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 from torch import Tensor
 
 from .. import _native
 from ..errors import ConfigError, EngineClosedError, ShapeError, UnsupportedError
-from . import Activation, OpCase, RopeTable, Routing
+from . import Activation, OpCase, RopeTable, Routing, SamplingCut
 from .mapping import NativeMapping
 from .native_vision import NativeVision
 from .packing import DTYPES, PackedLinear, PackedMoe, PackedSwiglu, refuse, vector
@@ -20,6 +23,7 @@ from .threads import MAX_THREADS, default_num_threads
 _ACTIVATIONS = {None: 0, "gelu": 1, "quick_gelu": 2, "silu": 3}
 _NO_MATRIX = (0, 0, 0, 0, 0)
 MAX_HEAD_DIM = 512  # kMaxHeadDim in csrc/cpu/qk_norm_rope_store.cpp
+INT8_CACHE_MULTIPLE = 4  # elements of a word, csrc/cpu/kv_layout.h
 
 _Matrix = tuple[int, int, int, int, int]
 
@@ -67,6 +71,7 @@ class NativeOps(NativeVision, NativeMapping):
     """
 
     name = "native"
+    device = torch.device("cpu")
     IMPLEMENTED = frozenset(
         {
             "embedding",
@@ -83,6 +88,7 @@ class NativeOps(NativeVision, NativeMapping):
             "attention",
             "patch_embed",
             "conv_downsample",
+            "sample",
         }
     )
 
@@ -153,16 +159,28 @@ class NativeOps(NativeVision, NativeMapping):
 
     # ---- attention -------------------------------------------------------------------------------------------------
     @staticmethod
-    def _caches(op: str, keys: Tensor, values: Tensor, dtype: torch.dtype) -> tuple[int, int, int, int]:
+    def _cache(
+        op: str, keys: Tensor, values: Tensor, key_scales: Tensor | None, value_scales: Tensor | None, like: Tensor
+    ) -> _native.Cache:
+        """A layer of the cache as the kernels take it; `like` is of the activations' dtype."""
+        dtype = like.dtype if key_scales is None else torch.uint8
         good = keys.ndim == 4 and values.shape == keys.shape and keys.dtype == values.dtype == dtype
         if not good or not keys.is_contiguous() or not values.is_contiguous():
-            refuse(
-                op, "keys and values must be contiguous [num_blocks, block_size, K, D], activation dtype", keys, values
-            )
+            refuse(op, f"keys and values must be contiguous [num_blocks, block_size, K, D] {dtype}", keys, values)
         num_blocks, block_size, num_kv_heads, head_dim = keys.shape
         if head_dim % 2 or not 0 < head_dim <= MAX_HEAD_DIM:
             refuse(op, f"D must be even and at most {MAX_HEAD_DIM}", keys)
-        return num_blocks, block_size, num_kv_heads, head_dim
+        scales = [0, 0]
+        if key_scales is not None:
+            if head_dim % INT8_CACHE_MULTIPLE:
+                refuse(op, f"D must be a multiple of {INT8_CACHE_MULTIPLE} in an int8 cache", keys)
+            shape = (num_blocks, num_kv_heads, block_size)
+            for i, (name, x) in enumerate((("key_scales", key_scales), ("value_scales", value_scales))):
+                if x is None or x.shape != shape or x.dtype != torch.float32 or not x.is_contiguous():
+                    refuse(op, f"{name} must be contiguous {list(shape)} float32", keys, *([] if x is None else [x]))
+                scales[i] = x.data_ptr()
+        addresses = (keys.data_ptr(), values.data_ptr(), scales[0], scales[1])
+        return (*addresses, num_blocks, block_size, num_kv_heads, head_dim)
 
     def qk_norm_rope_store(
         self,
@@ -177,10 +195,13 @@ class NativeOps(NativeVision, NativeMapping):
         k_norm: Tensor | None = None,
         eps: float = 1e-6,
         out: Tensor | None = None,
+        key_scales: Tensor | None = None,
+        value_scales: Tensor | None = None,
     ) -> Tensor:
         op = "qk_norm_rope_store"
         source = _matrix(op, "qkv", qkv)
-        num_blocks, block_size, num_kv_heads, head_dim = self._caches(op, keys, values, qkv.dtype)
+        cache = self._cache(op, keys, values, key_scales, value_scales, qkv)
+        num_blocks, block_size, num_kv_heads, head_dim = keys.shape
         tokens, width = qkv.shape
         if width != (num_heads + 2 * num_kv_heads) * head_dim:
             refuse(op, f"qkv must be [N, ({num_heads} + 2*{num_kv_heads}) * {head_dim}]", qkv)
@@ -201,12 +222,8 @@ class NativeOps(NativeVision, NativeMapping):
             rope.cos.data_ptr(),
             rope.sin.data_ptr(),
             num_positions,
-            keys.data_ptr(),
-            values.data_ptr(),
-            num_blocks * block_size,
+            cache,
             num_heads,
-            num_kv_heads,
-            head_dim,
             0 if q_norm is None else vector(op, "q_norm", q_norm, head_dim, qkv.dtype),
             0 if k_norm is None else vector(op, "k_norm", k_norm, head_dim, qkv.dtype),
             eps,
@@ -236,10 +253,13 @@ class NativeOps(NativeVision, NativeMapping):
         context_lens: Tensor,
         scale: float,
         out: Tensor | None = None,
+        key_scales: Tensor | None = None,
+        value_scales: Tensor | None = None,
     ) -> Tensor:
         op = "paged_attention"
         source = _matrix(op, "q", self._flat_heads(op, "q", q))
-        num_blocks, block_size, num_kv_heads, head_dim = self._caches(op, keys, values, q.dtype)
+        cache = self._cache(op, keys, values, key_scales, value_scales, q)
+        num_blocks, block_size, num_kv_heads, head_dim = keys.shape
         tokens, num_heads, own_dim = q.shape
         if own_dim != head_dim or not num_kv_heads or num_heads % num_kv_heads:
             refuse(op, "q must be [N, H, D] with the cache's D and H a multiple of its K", q, keys)
@@ -256,13 +276,8 @@ class NativeOps(NativeVision, NativeMapping):
         bad = _native.paged_attention(
             self._pool,
             source,
-            keys.data_ptr(),
-            values.data_ptr(),
-            num_blocks,
-            block_size,
+            cache,
             num_heads,
-            num_kv_heads,
-            head_dim,
             block_tables.data_ptr(),
             block_tables.shape[1],
             starts,
@@ -384,6 +399,17 @@ class NativeOps(NativeVision, NativeMapping):
             self._pool, source, moe.handle, top_k, renormalize, scale, added, _matrix("moe_ffn", "out", out)
         )
         return out
+
+    # ---- the next token --------------------------------------------------------------------------------------------
+    def sample(self, logits: Tensor, cuts: Sequence[SamplingCut]) -> list[int]:
+        source = _matrix("sample", "logits", logits)
+        if logits.dtype != torch.float32 or not logits.shape[1] or len(cuts) != logits.shape[0]:
+            refuse("sample", f"logits must be [{len(cuts)}, V] float32 with V >= 1, a row for each cut", logits)
+        values = np.array(cuts, np.float64)
+        tokens = np.empty(len(cuts), np.int32)
+        _native.sample(self._pool, source, values.ctypes.data, tokens.ctypes.data)
+        chosen: list[int] = tokens.tolist()
+        return chosen
 
 
 # What a closed or forked pool raises, so that no call pays for a translation.

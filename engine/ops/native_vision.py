@@ -96,7 +96,14 @@ class NativeVision(NativePacking):
 
     # ---- attention -------------------------------------------------------------------------------------------------
     def window_attention(
-        self, qkv: Tensor, pad_qkv: Tensor, rel_h: Tensor, rel_w: Tensor, num_heads: int, window: int
+        self,
+        qkv: Tensor,
+        pad_qkv: Tensor,
+        rel_h: Tensor,
+        rel_w: Tensor,
+        num_heads: int,
+        window: int,
+        out: Tensor | None = None,
     ) -> Tensor:
         op = "window_attention"
         batch, grid, other, width = _dense(op, "qkv", qkv, 4).shape
@@ -110,12 +117,12 @@ class NativeVision(NativePacking):
                 refuse(op, f"for windows of {size} the tables must be contiguous {rule}", table)
         pad = vector(op, "pad_qkv", pad_qkv, width, qkv.dtype)
         tables = pad, rel_h.data_ptr(), rel_w.data_ptr()
-        return self._attend(qkv, (batch, grid, grid, size, size), (num_heads, head_dim), tables)
+        return self._attend(op, qkv, (batch, grid, grid, size, size), (num_heads, head_dim), tables, out)
 
-    def attention(self, qkv: Tensor, num_heads: int) -> Tensor:
+    def attention(self, qkv: Tensor, num_heads: int, out: Tensor | None = None) -> Tensor:
         batch, tokens, _ = _dense("attention", "qkv", qkv, 3).shape
         heads = num_heads, self._head_dim("attention", qkv, num_heads)
-        return self._attend(qkv, (batch, 1, tokens, 1, tokens), heads, (0, 0, 0))
+        return self._attend("attention", qkv, (batch, 1, tokens, 1, tokens), heads, (0, 0, 0), out)
 
     @staticmethod
     def _head_dim(op: str, qkv: Tensor, num_heads: int) -> int:
@@ -125,13 +132,19 @@ class NativeVision(NativePacking):
 
     def _attend(
         self,
+        op: str,
         qkv: Tensor,
         sizes: tuple[int, int, int, int, int],
         heads: tuple[int, int],
         tables: tuple[int, int, int],
+        out: Tensor | None,
     ) -> Tensor:
         """sizes: batch, rows and columns of the grid, then of a window; tables: addresses of pad, rel_h, rel_w or 0."""
-        out = torch.empty((*qkv.shape[:-1], heads[0] * heads[1]), dtype=qkv.dtype)
+        shape = (*qkv.shape[:-1], heads[0] * heads[1])
+        if out is None:
+            out = torch.empty(shape, dtype=qkv.dtype)
+        elif _dense(op, "out", out, qkv.ndim).shape != shape or out.dtype != qkv.dtype:
+            refuse(op, f"out must be {list(shape)} in qkv's dtype", out)
         if out.numel():
             _native.window_attention(self._pool, _matrix(qkv), *sizes, *heads, *tables, _matrix(out))
         return out

@@ -18,10 +18,11 @@ from ..errors import ShapeError, UnsupportedError
 from ..loading.packed import PackedEntry
 from ..quantization import QuantizedWeight, Weight, quantize
 from . import Activation, OpCase, RopeTable, Routing
+from .reference_sampling import ReferenceSampling
 from .reference_vision import ReferenceVisionOps
 
 SCORE_BYTES = 64 << 20  # paged_attention scores at most this much of a score matrix at a time
-ACTIVATION_DTYPES = (torch.float32, torch.bfloat16)
+ACTIVATION_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,10 +114,50 @@ def normalise_heads(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight.float()
 
 
-class ReferenceOps(ReferenceVisionOps):
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x [..., D] as int8 and its scales [...] float32: an int8 cache's rounding (see Ops.qk_norm_rope_store)."""
+    raised = x.float()
+    finite = raised.isfinite().all(-1)
+    largest = raised.nan_to_num(0.0, 0.0, 0.0).abs().amax(-1)
+    usable = finite & (largest >= 1e-30)
+    # A true division: torch makes number / tensor of a reciprocal.
+    inverse = torch.where(usable, torch.full_like(largest, 127.0) / largest.clamp_min(1e-30), 0.0)
+    whole = (torch.where(usable[..., None], raised, 0.0) * inverse[..., None]).round().to(torch.int8)
+    scales = torch.where(usable, largest / 127.0, 0.0)
+    return whole, torch.where(finite, scales, torch.nan)
+
+
+def read_rows(cache: Tensor, scales: Tensor | None, blocks: Tensor) -> Tensor:
+    """The rows [tokens, K, D] float32 of some blocks of keys or values."""
+    rows = cache[blocks]
+    if scales is None:
+        return rows.flatten(0, 1).float()
+    return (rows.view(torch.int8).float() * scales[blocks].transpose(1, 2)[..., None]).flatten(0, 1)
+
+
+def check_cache(
+    op: str,
+    keys: Tensor,
+    values: Tensor,
+    key_scales: Tensor | None,
+    value_scales: Tensor | None,
+    dtype: torch.dtype,
+) -> None:
+    """Raises ShapeError unless keys, values and scales are a cache of activations of `dtype`, or an int8 one."""
+    wanted = dtype if key_scales is None else torch.uint8
+    if keys.ndim != 4 or values.shape != keys.shape or not keys.dtype == values.dtype == wanted:
+        refuse(op, f"keys and values must be [num_blocks, block_size, K, D] {wanted}", keys, values)
+    shape = (keys.shape[0], keys.shape[2], keys.shape[1])
+    for scales in (key_scales, value_scales):
+        if (scales is None) != (key_scales is None) or (scales is not None and scales.shape != shape):
+            raise ShapeError(f"{op}: an int8 cache needs key_scales and value_scales, both {list(shape)}")
+
+
+class ReferenceOps(ReferenceVisionOps, ReferenceSampling):
     """Every op of the contract (see ops/__init__.py for formulas, shapes and errors)."""
 
     name = "reference"
+    device = torch.device("cpu")
 
     def supports(self, case: OpCase) -> str | None:
         """None: every case is supported."""
@@ -131,7 +172,7 @@ class ReferenceOps(ReferenceVisionOps):
     def packed_memory(self, packed: Any) -> None:
         """Nothing here has the layout of the native kernels."""
 
-    def map_packed(self, entry: PackedEntry, tensors: list[Tensor]) -> Any:
+    def map_packed(self, entry: PackedEntry, tensors: list[Tensor], copied: bool = False) -> Any:
         raise UnsupportedError(
             "the folder holds weights in the layout of the native kernels, which backend reference cannot read; use "
             "backend='native', or the checkpoint that it was made from"
@@ -143,7 +184,7 @@ class ReferenceOps(ReferenceVisionOps):
     # ---- packing ---------------------------------------------------------------------------------------------------
     def pack_linear(self, weight: Weight, bias: Tensor | None = None) -> PackedLinear:
         if weight.ndim != 2 or weight.dtype not in ACTIVATION_DTYPES:
-            refuse("pack_linear", "weight must be [O, C] float32 or bfloat16", weight)
+            refuse("pack_linear", "weight must be [O, C] float32, bfloat16 or float16", weight)
         if bias is not None and bias.shape != weight.shape[:1]:
             refuse("pack_linear", "bias must be [O]", weight, bias)
         return PackedLinear(weight, None if bias is None else bias.float())
@@ -152,7 +193,7 @@ class ReferenceOps(ReferenceVisionOps):
         if gate.ndim != 2 or up.shape != gate.shape or tuple(down.shape) != tuple(gate.shape)[::-1]:
             refuse("pack_swiglu", "gate and up must be [I, C], down [C, I]", gate, up, down)
         if not gate.dtype == up.dtype == down.dtype or gate.dtype not in ACTIVATION_DTYPES:
-            refuse("pack_swiglu", "gate, up and down must share a dtype, float32 or bfloat16", gate, up, down)
+            refuse("pack_swiglu", "gate, up and down must share a dtype, float32, bfloat16 or float16", gate, up, down)
         return PackedSwiglu(gate, up, down)
 
     def pack_moe(
@@ -220,20 +261,27 @@ class ReferenceOps(ReferenceVisionOps):
         k_norm: Tensor | None = None,
         eps: float = 1e-6,
         out: Tensor | None = None,
+        key_scales: Tensor | None = None,
+        value_scales: Tensor | None = None,
     ) -> Tensor:
         num_blocks, block_size, num_kv_heads, head_dim = keys.shape
         width = (num_heads + 2 * num_kv_heads) * head_dim
-        if qkv.ndim != 2 or qkv.shape[1] != width or values.shape != keys.shape or keys.dtype != qkv.dtype:
-            refuse("qk_norm_rope_store", f"qkv must be [N, {width}], caches alike in its dtype", qkv, keys, values)
+        if qkv.ndim != 2 or qkv.shape[1] != width:
+            refuse("qk_norm_rope_store", f"qkv must be [N, {width}]", qkv)
+        check_cache("qk_norm_rope_store", keys, values, key_scales, value_scales, qkv.dtype)
         self._check_indices("positions", positions, qkv.shape[0], rope.cos.shape[0])
         self._check_indices("slots", slots, qkv.shape[0], num_blocks * block_size)
         heads = qkv.view(qkv.shape[0], num_heads + 2 * num_kv_heads, head_dim)
         q, k, v = heads[:, :num_heads], heads[:, num_heads:-num_kv_heads], heads[:, -num_kv_heads:]
         cos, sin = rope.cos[positions.long()], rope.sin[positions.long()]
-        keys.view(-1, num_kv_heads, head_dim)[slots.long()] = rotate_half(
-            normalise_heads(k.float(), k_norm, eps), cos, sin
-        ).to(keys.dtype)
-        values.view(-1, num_kv_heads, head_dim)[slots.long()] = v
+        rotated = rotate_half(normalise_heads(k.float(), k_norm, eps), cos, sin)
+        for cache, scales, rows in ((keys, key_scales, rotated), (values, value_scales, v)):
+            if scales is None:
+                cache.view(-1, num_kv_heads, head_dim)[slots.long()] = rows.to(cache.dtype)
+            else:
+                whole, factors = quantize_rows(rows)
+                cache.view(torch.int8).view(-1, num_kv_heads, head_dim)[slots.long()] = whole
+                scales[slots.long() // block_size, :, slots.long() % block_size] = factors
         return finish(rotate_half(normalise_heads(q.float(), q_norm, eps), cos, sin), qkv.dtype, out)
 
     @staticmethod
@@ -254,10 +302,13 @@ class ReferenceOps(ReferenceVisionOps):
         context_lens: Tensor,
         scale: float,
         out: Tensor | None = None,
+        key_scales: Tensor | None = None,
+        value_scales: Tensor | None = None,
     ) -> Tensor:
         num_kv_heads, head_dim = keys.shape[2:]
-        if q.ndim != 3 or q.shape[2] != head_dim or q.shape[1] % num_kv_heads or q.dtype != keys.dtype:
-            refuse("paged_attention", "q must be [N, H, D] with H a multiple of K, in the cache's dtype", q, keys)
+        if q.ndim != 3 or q.shape[2] != head_dim or q.shape[1] % num_kv_heads:
+            refuse("paged_attention", "q must be [N, H, D] with H a multiple of K", q, keys)
+        check_cache("paged_attention", keys, values, key_scales, value_scales, q.dtype)
         starts, contexts = query_starts.tolist(), context_lens.tolist()
         if len(starts) != len(contexts) + 1 or block_tables.shape[0] != len(contexts) or starts[-1] != q.shape[0]:
             refuse("paged_attention", "query_starts [S+1] must end at N", query_starts, context_lens, block_tables, q)
@@ -270,8 +321,8 @@ class ReferenceOps(ReferenceVisionOps):
                     f"paged_attention: sequence {s} has {starts[s + 1] - starts[s]} new tokens of {context}, "
                     f"and blocks for {blocks.numel() * keys.shape[1]}"
                 )
-            k = keys[blocks[:num_blocks]].flatten(0, 1)[:context].float()
-            v = values[blocks[:num_blocks]].flatten(0, 1)[:context].float()
+            k = read_rows(keys, key_scales, blocks[:num_blocks])[:context]
+            v = read_rows(values, value_scales, blocks[:num_blocks])[:context]
             rows = slice(starts[s], starts[s + 1])
             result[rows] = self._causal_attention(q[rows].float(), k, v, scale)
         return finish(result, q.dtype, out)

@@ -35,6 +35,15 @@ class PackedConvDownsample:
     down2: Tensor
 
 
+def written(result: Tensor, out: Tensor | None) -> Tensor:
+    """The result, in `out` if that is given."""
+    if out is None:
+        return result
+    if out.shape != result.shape or out.dtype != result.dtype:
+        raise ShapeError(f"out must be {list(result.shape)} {result.dtype}, got {list(out.shape)} {out.dtype}")
+    return out.copy_(result)
+
+
 def split_heads(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
     """[B, T, 3*C] laid out q | k | v -> three [B*heads, T, D] float32."""
     batch, tokens, width = qkv.shape
@@ -85,7 +94,14 @@ class ReferenceVisionOps:
         return y.permute(0, 2, 3, 1).contiguous().to(pixels.dtype)
 
     def window_attention(
-        self, qkv: Tensor, pad_qkv: Tensor, rel_h: Tensor, rel_w: Tensor, num_heads: int, window: int
+        self,
+        qkv: Tensor,
+        pad_qkv: Tensor,
+        rel_h: Tensor,
+        rel_w: Tensor,
+        num_heads: int,
+        window: int,
+        out: Tensor | None = None,
     ) -> Tensor:
         batch, grid, _, width = qkv.shape
         size = window or grid
@@ -101,7 +117,7 @@ class ReferenceVisionOps:
         rows_h, rows_w = relative_rows(rel_h.float(), size), relative_rows(rel_w.float(), size)
         seen = self._grid_attention(windows, rows_h, rows_w, num_heads)
         seen = seen.view(batch, across, across, size, size, -1).transpose(2, 3)
-        return seen.reshape(batch, across * size, across * size, -1)[:, :grid, :grid].contiguous()
+        return written(seen.reshape(batch, across * size, across * size, -1)[:, :grid, :grid].contiguous(), out)
 
     @staticmethod
     def _grid_attention(qkv: Tensor, rows_h: Tensor, rows_w: Tensor, num_heads: int) -> Tensor:
@@ -127,12 +143,12 @@ class ReferenceVisionOps:
                 seen[items, part] = torch.bmm(softmax_in_place(scores), v[items])
         return join_heads(seen, num_heads).to(qkv.dtype)
 
-    def attention(self, qkv: Tensor, num_heads: int) -> Tensor:
+    def attention(self, qkv: Tensor, num_heads: int, out: Tensor | None = None) -> Tensor:
         if qkv.ndim != 3 or qkv.shape[2] % (3 * num_heads):
             raise ShapeError(f"attention: qkv must be [B, T, 3*C], C a multiple of {num_heads}, got {list(qkv.shape)}")
         q, k, v = split_heads(qkv, num_heads)
         scores = torch.bmm(q * q.shape[-1] ** -0.5, k.transpose(1, 2))
-        return join_heads(torch.bmm(softmax_in_place(scores), v), num_heads).to(qkv.dtype)
+        return written(join_heads(torch.bmm(softmax_in_place(scores), v), num_heads).to(qkv.dtype), out)
 
     def conv_downsample(self, x: Tensor, neck: PackedConvDownsample, eps: float) -> Tensor:
         def norm(y: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

@@ -2,7 +2,8 @@
 
 `auto` takes native for an op when it implements it and supports all of the model's cases of it, otherwise reference. A
 forced backend raises UnsupportedError for an op that it implements but cannot run; ops that native has not got yet run
-on reference and are reported so. Nothing is chosen again later: there is no silent fallback.
+on reference and are reported so. triton runs all ops or none, since its tensors may lie on a GPU. Nothing is chosen
+again later: there is no silent fallback.
 """
 
 from __future__ import annotations
@@ -11,12 +12,15 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, cast
 
+import torch
+
+from ..config import BACKENDS
 from ..errors import ConfigError, UnsupportedError
 from . import OP_NAMES, OpCase, Ops
+from .devices import find_device
 from .reference import ReferenceOps
 
-Backend = Literal["auto", "reference", "native"]
-BACKENDS: tuple[str, ...] = ("auto", "reference", "native")
+Backend = Literal["auto", "reference", "native", "triton"]
 PACKED_BY = {
     "quantize": "linear",
     "packed_memory": "linear",
@@ -36,8 +40,11 @@ DECODER_OPS = (
     "swiglu_ffn",
     "moe_ffn",
 )
-# Each of these reads what another one's backend packed (the shared expert is a swiglu_ffn): one backend for all.
-SAME_BACKEND = ("moe_ffn", "swiglu_ffn", "grouped_gemm")
+# Each op of a group reads what another one's backend made (the shared expert is a swiglu_ffn): one backend for all.
+SAME_BACKEND = {
+    "packed weights": ("moe_ffn", "swiglu_ffn", "grouped_gemm"),
+    "the KV-cache": ("qk_norm_rope_store", "paged_attention"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,9 +70,17 @@ class _NativeBackend(Protocol):
 class OpsTable:
     """An `Ops` whose every method is the chosen backend's own bound method, so that a call costs nothing more."""
 
-    def __init__(self, backends: dict[str, Any], choices: list[OpChoice], owned: Sequence[Any]) -> None:
+    def __init__(
+        self,
+        backends: dict[str, Any],
+        choices: list[OpChoice],
+        owned: Sequence[Any],
+        device: torch.device = torch.device("cpu"),  # noqa: B008
+    ) -> None:
+        self.device = device
+        self.sampling = getattr(backends["linear"], "sampling", None)
         self.backend_of = {op: backend.name for op, backend in backends.items()}
-        self.name = "+".join(sorted(set(self.backend_of.values())))
+        self.name = "+".join(sorted({name for op, name in self.backend_of.items() if op != "sample"}))
         self._choices = choices
         self._owned = tuple(owned)
         for op, backend in backends.items():
@@ -112,16 +127,20 @@ def _refusals(native: _NativeBackend | None, missing: str, cases: Iterable[OpCas
 
 
 def _spread(refusals: dict[str, str]) -> None:
-    """If native cannot run one of SAME_BACKEND, it runs none of them."""
-    for leader in [op for op in SAME_BACKEND if op in refusals]:
-        for op in SAME_BACKEND:
-            refusals.setdefault(op, f"shares packed weights with {leader}, which native does not run")
+    """If native cannot run one op of a group in SAME_BACKEND, it runs none of the group."""
+    for what, group in SAME_BACKEND.items():
+        for leader in [op for op in group if op in refusals]:
+            for op in group:
+                refusals.setdefault(op, f"shares {what} with {leader}, which native does not run")
 
 
-def resolve_ops(backend: Backend, cases: Sequence[OpCase] = (), num_threads: int | None = None) -> OpsTable:
+def resolve_ops(
+    backend: Backend, cases: Sequence[OpCase] = (), num_threads: int | None = None, device: str = "cpu"
+) -> OpsTable:
     """The table of chosen implementations for a model that will ask `cases`.
 
     num_threads  size of native's pool; None = the machine's physical cores
+    device       "cpu", or "cuda" for triton
     Raises ConfigError for an unknown backend or too many threads; UnsupportedError if native is forced and is missing
     or refuses a case, and whenever PAGELENS_CPU_ISA asks for what cannot be used here.
     """
@@ -130,6 +149,10 @@ def resolve_ops(backend: Backend, cases: Sequence[OpCase] = (), num_threads: int
     unknown = sorted({case.op for case in cases} - set(OP_NAMES))
     if unknown:
         raise ConfigError(f"unknown op {unknown[0]!r}; known: {', '.join(OP_NAMES)}")
+    if backend == "triton":
+        return _resolve_triton(cases, device)
+    if device != "cpu":
+        raise ConfigError(f"device={device!r} needs backend='triton', not {backend!r}")
     reference: Any = ReferenceOps()
     native, missing = (None, "reference was asked for") if backend == "reference" else _load_native(num_threads)
     if backend == "native" and native is None:
@@ -146,6 +169,25 @@ def resolve_ops(backend: Backend, cases: Sequence[OpCase] = (), num_threads: int
         reason = "native runs this op" if runs_native else "complete: runs every op"
         choices.append(OpChoice(op, "reference", not runs_native, reason))
     return OpsTable(backends, choices, [native] if native is not None else [])
+
+
+def _resolve_triton(cases: Sequence[OpCase], device: str) -> OpsTable:
+    """All ops by the Triton kernels; rows of logits that must be seen on the host are sampled by the reference."""
+    from .triton import INTERPRETED, TritonOps
+
+    ops = TritonOps(find_device(device))
+    for case in cases:
+        sentence = ops.supports(case)
+        if sentence:
+            raise UnsupportedError(f"backend triton cannot run {case.op}: {sentence}")
+    reason = INTERPRETED if device == "cpu" else f"runs on {ops.device}"
+    choices = [OpChoice(op, "triton", True, reason) for op in OP_NAMES if op != "sample"]
+    choices.append(
+        OpChoice("sample", "reference", True, "for rows that the host must see; others are chosen by triton")
+    )
+    backends: dict[str, Any] = dict.fromkeys(OP_NAMES, ops)
+    backends["sample"] = ReferenceOps()
+    return OpsTable(backends, choices, [ops], ops.device)
 
 
 def _raise_first_refusal(native: _NativeBackend, refusals: dict[str, str]) -> None:

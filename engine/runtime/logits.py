@@ -34,11 +34,16 @@ class NgramProcessor:
     """
 
     def __init__(self, size: int, window: int, whitelist: frozenset[int]) -> None:
-        self._size = size
+        self._size, self._window = size, window
         self._whitelist = whitelist
         # An earlier copy of the last size-1 tokens that starts at i lies L-(size-1)-i places back, and i >= L-window.
         self._tracker = RunTracker(window - size + 1)
         self._tokens: list[int] = []
+
+    @property
+    def rule(self) -> tuple[int, int, frozenset[int], list[int]]:
+        """size, window, white-list and the tokens so far: what a device needs to apply the rule itself."""
+        return self._size, self._window, self._whitelist, self._tokens
 
     def banned(self) -> set[int]:
         """Tokens that must not come next."""

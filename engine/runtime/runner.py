@@ -98,6 +98,12 @@ class Runner:
         self._images.setdefault(sequence.root, []).extend(encoded)
         return preprocess_s, encode_s
 
+    def free_encoder(self) -> None:
+        """Free the encoder's weights until the next image, where the model can load them again."""
+        free = getattr(self.model, "free_encoder", None)
+        if free is not None:
+            free()
+
     def image_rows(self, sequence: Sequence, start: int, end: int) -> list[tuple[int, Tensor]]:
         """Vision rows at positions start..end-1, as (position, rows); a chunk may cut through an image."""
         pieces = []

@@ -7,9 +7,13 @@ import random
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from ..errors import EngineError
+from ..ops import Ops, SamplingCut
+from ..ops.reference_sampling import ReferenceSampling
+from ..ops.triton_sampling import DeviceSampling, RowChoice
 from ..types import Logprob, SamplingParams
 from .logits import (
     BanProcessor,
@@ -19,6 +23,8 @@ from .logits import (
     PenaltyProcessor,
     Row,
 )
+
+GREEDY = SamplingCut(0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,19 +66,45 @@ class SequenceSampler:
         if banned:
             self._processors.append(BanProcessor(banned))
 
-    def choose(self, row: Row) -> Sampled:
-        """Choose a token from logits [V], which processors may change in place. Does not record it: see `observe`."""
+    def prepare(self, row: Row) -> tuple[Row, SamplingCut]:
+        """Apply the processors to logits [V] in place. Returns the row as it was, if that is needed, and its cut."""
         params = self.params
-        raw = row
-        if params.logprobs is not None and self._processors:
-            raw = row.copy()
+        raw = row.copy() if params.logprobs is not None and self._processors else row
         for processor in self._processors:
             processor.apply(row)
-        best = int(row.argmax())  # the first of equals, and of NaN if there is one
-        if not np.isfinite(row[best]):
+        if self._random is None:
+            return raw, GREEDY
+        return raw, SamplingCut(params.temperature, params.top_k, params.top_p, params.min_p, self._random.random())
+
+    def finish(self, token: int, row: Row, raw: Row) -> Sampled:
+        """What comes of the chosen token, or of -1. Does not record it: see `observe`."""
+        if token < 0:
             return Sampled(-1, error=EngineError(_not_finite(row, raw)))
-        token = best if self._random is None else draw(row, params, self._random.random())
-        return Sampled(token, None if params.logprobs is None else top_logprobs(raw, token, params.logprobs))
+        logprobs = self.params.logprobs
+        return Sampled(token, None if logprobs is None else top_logprobs(raw, token, logprobs))
+
+    def for_device(self) -> RowChoice | None:
+        """The choice as a device can make it, the next random number drawn; None if it needs the logits on the host.
+
+        Penalties, forbidden and required tokens and log probabilities do.
+        """
+        params = self.params
+        guards = [p for p in self._processors if isinstance(p, NgramProcessor)]
+        if len(guards) < len(self._processors) or params.logprobs is not None:
+            return None
+        size, window, allowed, history = guards[0].rule if guards else (0, 0, frozenset[int](), ())
+        drawn = self._random is not None
+        return RowChoice(
+            temperature=params.temperature if drawn else 0.0,
+            top_k=max(params.top_k, 0),
+            top_p=params.top_p,
+            min_p=params.min_p,
+            uniform=self._random.random() if self._random is not None else 0.0,
+            ngram_size=size,
+            ngram_window=window,
+            history=history,
+            allowed=allowed,
+        )
 
     def observe(self, token: int) -> None:
         for processor in self._processors:
@@ -91,49 +123,58 @@ class Sampler:
 
     num_tokens  logits from here on belong to padding rows of the vocabulary: they become -inf before anything else, so
                 that no such id is chosen, ranked or counted in a log probability; None = there is no padding
+    ops         whose `sample` chooses; None = the reference's
+    sampling    of a backend whose logits lie on a device; None = they lie on the host
     """
 
-    def __init__(self, num_tokens: int | None = None) -> None:
+    def __init__(
+        self, num_tokens: int | None = None, ops: Ops | None = None, sampling: DeviceSampling | None = None
+    ) -> None:
         self._num_tokens = num_tokens
+        self._choose_greedy = ReferenceSampling().sample
+        self._choose = self._choose_greedy if ops is None else ops.sample
+        self._sampling = sampling
 
     def sample(self, logits: Tensor, samplers: list[SequenceSampler]) -> list[Sampled]:
         """logits [L, V] float32, one row a sampler; they are changed in place."""
+        if self._sampling is not None and samplers:
+            return self._sample_on_device(self._sampling, logits, samplers)
         rows = logits.numpy()
         if self._num_tokens is not None:
             rows[:, self._num_tokens :] = -np.inf
-        return [sampler.choose(row) for sampler, row in zip(samplers, rows, strict=True)]
+        prepared = [sampler.prepare(row) for sampler, row in zip(samplers, rows, strict=True)]
+        cuts = [cut for _, cut in prepared]
+        # numpy's argmax of a row or two takes less than a call of the native op costs.
+        few = len(cuts) <= 2 and all(cut is GREEDY for cut in cuts)
+        tokens = (self._choose_greedy if few else self._choose)(logits, cuts)
+        return [
+            sampler.finish(token, row, raw)
+            for sampler, token, row, (raw, _) in zip(samplers, tokens, rows, prepared, strict=True)
+        ]
 
-
-def draw(row: Row, params: SamplingParams, uniform: float) -> int:
-    """Token drawn from softmax(row / temperature) cut to top_k, then min_p, then top_p, by inverting `uniform`.
-
-    uniform lies in [0, 1). Candidates stand in falling order of probability, lowest id first among equals. min_p
-    compares with the largest probability; top_p keeps the fewest tokens whose probabilities, renormalised after the
-    other cuts, reach it.
-    """
-    tokens = np.arange(len(row))
-    if 0 < params.top_k < len(row):
-        kth = np.partition(row, len(row) - params.top_k)[len(row) - params.top_k]
-        above, equal = np.flatnonzero(row > kth), np.flatnonzero(row == kth)
-        tokens = np.concatenate([above, equal[: params.top_k - len(above)]])
-    weights = (row[tokens] - row.max()).astype(np.float64)
-    weights = np.exp(weights / params.temperature)
-    keep = weights > 0
-    if params.min_p > 0:
-        keep &= weights >= params.min_p
-    if params.top_p < 1:
-        # Tokens below this share cannot be among the fewest that reach top_p, even all together; most need no sorting.
-        total = weights[keep].sum()
-        keep &= weights >= (1 - params.top_p) * total / len(weights) * (1 - 1e-9)
-    tokens, weights = tokens[keep], weights[keep]
-    order = np.lexsort((tokens, -weights))
-    tokens, weights = tokens[order], weights[order]
-    cumulative = np.cumsum(weights)
-    if params.top_p < 1:
-        last = int(np.searchsorted(cumulative, params.top_p * total))
-        cumulative = cumulative[: last + 1]
-    place = int(np.searchsorted(cumulative, uniform * cumulative[-1], side="right"))
-    return int(tokens[min(place, len(cumulative) - 1)])
+    def _sample_on_device(
+        self, sampling: DeviceSampling, logits: Tensor, samplers: list[SequenceSampler]
+    ) -> list[Sampled]:
+        """Only the token ids are read back, and whole rows for those samplers that a device cannot serve."""
+        choices = [sampler.for_device() for sampler in samplers]
+        host = {i: logits[i].cpu().numpy() for i, choice in enumerate(choices) if choice is None}
+        tokens = [-1] * len(choices)
+        if len(host) < len(choices):
+            tokens = sampling.choose(logits, [choice or RowChoice() for choice in choices], self._num_tokens)
+        chosen = []
+        for i, sampler in enumerate(samplers):
+            if i in host:
+                if self._num_tokens is not None:
+                    host[i][self._num_tokens :] = -np.inf
+                raw, cut = sampler.prepare(host[i])
+                (token,) = self._choose_greedy(torch.from_numpy(host[i])[None], [cut])
+                chosen.append(sampler.finish(token, host[i], raw))
+            elif tokens[i] < 0:
+                row = logits[i].cpu().numpy()
+                chosen.append(Sampled(-1, error=EngineError(_not_finite(row, row))))
+            else:
+                chosen.append(Sampled(tokens[i]))
+        return chosen
 
 
 def top_logprobs(row: Row, chosen: int, count: int) -> dict[int, Logprob]:

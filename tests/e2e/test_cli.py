@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 from helpers.text_models import make_oracle, save
 
-from pagelens.cli import main
+from pagelens.cli import as_typed, main
+from pagelens.read_files import page_header
 from pagelens.reader import builtin_model
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -100,10 +101,10 @@ def test_bad_files_get_one_line_each_and_the_others_are_read(
         (["--mode", "large"], "large"),
         (["--prompt", "word " * 3000], "max_model_len"),
         (["--prompt", "<image><image>"], "<image>"),
-        (["--max-tokens", "0"], "max_tokens"),
+        (["--max-tokens", "0"], "--max-tokens must be"),
         (["--model", "no/such/folder/anywhere"], "no/such/folder/anywhere"),
-        (["--threads", "0"], "num_threads"),
-        (["--threads", "1000"], "num_threads=1000 must be between 1 and 256"),
+        (["--threads", "0"], "--threads 0 must be a positive integer"),
+        (["--threads", "1000"], "--threads 1000 must be between 1 and 256"),
     ],
 )
 def test_bad_options_are_one_clear_line(options: list[str], needle: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -169,6 +170,50 @@ def test_file_names_that_are_no_unicode(tmp_path: Path) -> None:
     assert os.fsencode(json.loads(result.stdout)["file"]) == name
 
 
+def test_several_pages_have_headers(capsys: pytest.CaptureFixture[str]) -> None:
+    files = [str(SAMPLES / name) for name in ("notice.png", "notes.png")]
+    alone = []
+    for file in files:
+        assert main(["read", file, "--max-tokens", "30"]) == 0
+        alone.append(capsys.readouterr().out)
+    assert not any("<!--" in text for text in alone)
+    assert main(["read", *files, "--max-tokens", "30"]) == 0
+    assert capsys.readouterr().out == "".join(f"<!-- {file} -->\n\n{text}\n" for file, text in zip(files, alone))
+
+
+def test_a_header_is_one_comment() -> None:
+    assert page_header("a--b -->\n.png") == "<!-- a- -b - ->?.png -->"
+    assert page_header("---") == "<!-- - - - -->"
+
+
+def test_a_page_from_standard_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["read", str(SAMPLE), "--max-tokens", "30"]) == 0
+    expected = capsys.readouterr().out
+    script = f"$PAGELENS read - --max-tokens 30 --out {tmp_path} < notice.png"
+    assert run_command(script).stdout == expected
+    assert (tmp_path / "overlay.png").stat().st_size > 0
+    result = run_command("echo no image | $PAGELENS read -")
+    assert result.returncode == 2
+    (line,) = error_lines(result.stderr)
+    assert line.startswith("pagelens: standard input: ")
+    assert "- is standard input, which can be read once" in run_command("$PAGELENS read - -").stderr
+
+
+@pytest.mark.parametrize(
+    ("message", "typed"),
+    [
+        ("num_threads=0 must be None or a positive integer", "--threads 0 must be a positive integer"),
+        ("SamplingParams.max_tokens must be at least 1, got 0", "--max-tokens must be at least 1, got 0"),
+        ("weights='int8', but use weights='auto'", "--weights int8, but use --weights auto"),
+        ("pass random_weights=True, or", "pass --random-weights, or"),
+        ("temperature=-0.5; seed=3.", "--temperature -0.5; --seed 3."),
+        ("dir/seed=3.png: seed=3.png my_seed=3 seeds=3", "dir/seed=3.png: seed=3.png my_seed=3 seeds=3"),
+    ],
+)
+def test_options_are_called_as_they_are_typed(message: str, typed: str) -> None:
+    assert as_typed(message) == typed
+
+
 def test_errors_stand_in_the_order_of_the_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     missing = str(tmp_path / "missing.png")
     assert main(["read", str(SAMPLE), missing, str(SAMPLE), "--json", "--max-tokens", "5"]) == 2
@@ -222,8 +267,57 @@ def test_bench_prints_stages_and_a_json_line(capsys: pytest.CaptureFixture[str])
     record = json.loads(out.splitlines()[-1])
     assert record["text_tokens"] == 6
     assert record["seconds"]["decode"] > 0
-    for stage in ("load model", "encode", "prefill", "decode"):
+    for stage in ("load model", "encode", "prefill", "decode", "peak memory", "probed limits", "resident"):
         assert stage in out
+    assert record["weight_bytes_per_token"] > 0
+    assert record["limits"]["operations_per_s"]["bfloat16"]
+    (row,) = record["batches"]
+    assert set(row["stages"]) == {"preprocess", "encode", "prefill", "decode", "page"}
+    assert all(0 < spread["p50"] <= spread["p95"] for spread in row["stages"].values())
+    assert 0 < row["encode_share_of_arithmetic"] < 1
+    assert row["share_of_bandwidth"] > 0
+
+
+def test_bench_of_several_pages_together(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--size", "400x300", "--mode", "gundam", "--low-memory", "--no-mmap", "--batch", "1,3", "--repeats", "2"]
+    assert main(["bench", "--tokens", "3", *options]) == 0
+    record = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [row["batch"] for row in record["batches"]] == [1, 3]
+    assert record["batches"][1]["prefill_share_of_arithmetic"] is None
+    assert record["options"]["low_memory"]
+    assert not record["options"]["use_mmap"]
+
+
+def test_bench_of_a_page_model_without_a_tokenizer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As a preset has none: the prompt is token ids, and the output says so."""
+    config = json.loads((builtin_model() / "config.json").read_text(encoding="utf-8"))
+    (tmp_path / "config.json").write_text(json.dumps({**config, "image_token_id": 9}), encoding="utf-8")
+    options = ["--random-weights", "--size", "200x150", "--tokens", "3", "--repeats", "1"]
+    assert main(["bench", "--model", str(tmp_path), *options]) == 0
+    out = capsys.readouterr().out
+    assert "the model has no tokenizer: the prompt is the page and 10 arbitrary tokens" in out
+    assert json.loads(out.splitlines()[-1])["text_tokens"] == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--depth", "0"], "--depth is for text models, and the built-in reader reads pages; leave it out"),
+        (["--prompt-tokens", "9"], "--prompt-tokens is for text models"),
+        (["--model", "qwen3-0.6b", "--random-weights", "--size", "9x9"], "--size is for page models, and qwen3-0.6b"),
+        (["--model", "qwen3-0.6b", "--random-weights", "--max-crops", "4"], "--max-crops is for page models"),
+        (["--tokens", "1"], "--tokens 1: at least 2"),
+        (["--repeats", "0"], "--repeats 0: at least 1"),
+        (["--plot", "x.txt"], "--plot x.txt: the name must end in"),
+        (["--model", "qwen3-0.6b"], "pass --random-weights, or"),
+    ],
+)
+def test_bench_says_what_it_cannot_do(options: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", *options]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert sentence in err
+    assert len(err.splitlines()) == 1
 
 
 @pytest.mark.parametrize("weights", ["auto", "int4"])

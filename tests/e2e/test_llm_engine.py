@@ -445,8 +445,8 @@ def child_verdict(llm: LLM, handle: Any) -> int:
 def test_unknown_and_bad_options_are_refused_before_the_model_is_opened() -> None:
     with pytest.raises(ConfigError, match="unknown option 'max_len'; known: model, dtype, "):
         LLM("/nowhere", max_len=3)
-    with pytest.raises(ConfigError, match="dtype='float16' is not one of auto, float32, bfloat16"):
-        LLM("/nowhere", dtype="float16")
+    with pytest.raises(ConfigError, match="dtype='float64' is not one of auto, float32, bfloat16, float16"):
+        LLM("/nowhere", dtype="float64")
     for name in ("max_num_seqs", "max_batch_tokens", "block_size"):
         for value in (0, 10**9, 2.0, True):
             with pytest.raises(ConfigError, match=f"{name}={value} must be a positive integer of at most [0-9]+"):

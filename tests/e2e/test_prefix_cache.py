@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from helpers.fake_model import IMAGE, FakeModel, fake_config, fake_engine, kv_bytes
 from PIL import Image
 
@@ -20,6 +21,7 @@ from pagelens.core import build_engine
 from pagelens.errors import ConfigError, EngineClosedError, EngineError, PromptError
 from pagelens.inputs import Prompt
 from pagelens.reader import builtin_model, default_prompt
+from pagelens.runtime.kv_cache import block_bytes
 from pagelens.types import RequestOutput
 from pagelens.vision.modes import available_modes
 
@@ -98,7 +100,7 @@ def test_whatever_is_shared_each_gets_what_it_gets_alone(seed: int, cached: bool
     assert (hits > 0, evictions > 0) == (cached, cached)
 
 
-def builtin_llm(dtype: Any, cached: bool, block_size: int = 4) -> LLM:
+def builtin_llm(dtype: Any, cached: bool, block_size: int = 4, **options: Any) -> LLM:
     config = EngineConfig(
         str(builtin_model()),
         dtype=dtype,
@@ -106,13 +108,14 @@ def builtin_llm(dtype: Any, cached: bool, block_size: int = 4) -> LLM:
         num_threads=2,
         block_size=block_size,
         prefix_cache=cached,
+        **options,
     )
     return LLM.from_engine(build_engine(config))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("dtype", "kept"), [("float32", "auto"), ("bfloat16", "auto"), ("bfloat16", "int8")])
 @pytest.mark.parametrize("kind", ["text", "images"])
-def test_native_results_are_the_same_with_and_without_the_cache(kind: str, dtype: str) -> None:
+def test_native_results_are_the_same_with_and_without_the_cache(kind: str, dtype: str, kept: str) -> None:
     """Tokens and log probabilities, bit for bit: prompts that share all, some or nothing of what was there before."""
     prompts: list[Any]
     if kind == "text":
@@ -126,7 +129,7 @@ def test_native_results_are_the_same_with_and_without_the_cache(kind: str, dtype
     sampling = SamplingParams(max_tokens=20, ignore_eos=True, logprobs=3, detect_repetition=False)
     results, cached_tokens = [], []
     for cached in (False, True):
-        with builtin_llm(dtype, cached, 16 if kind == "text" else 4) as llm:
+        with builtin_llm(dtype, cached, 16 if kind == "text" else 4, kv_cache_dtype=kept) as llm:
             outputs = [llm.generate([prompt], sampling)[0] for prompt in prompts] + llm.generate(prompts, sampling)
             results.append([answers_of(output) for output in outputs])
             cached_tokens.append([output.metrics.num_cached_tokens for output in outputs])
@@ -136,6 +139,30 @@ def test_native_results_are_the_same_with_and_without_the_cache(kind: str, dtype
     assert first[0] == first[2 if kind == "images" else -1] == 0, "nothing was there, or it was something else"
     assert sum(count > 0 for count in first) == (4 if kind == "text" else 2)
     assert min(again) > 0
+
+
+def test_an_int8_cache_too_small_for_all_gives_the_same_answers() -> None:
+    """Preempted sequences are computed again, into other blocks, in other pieces: not a bit changes."""
+    rng = random.Random(3)
+    prompts = [[rng.randrange(10, 300) for _ in range(rng.randint(20, 60))] for _ in range(6)]
+    sampling = SamplingParams(max_tokens=40, ignore_eos=True, logprobs=3, detect_repetition=False)
+    config = EngineConfig(
+        str(builtin_model()), dtype="bfloat16", backend="native", num_threads=2, block_size=4, kv_cache_dtype="int8"
+    )
+    results, preemptions, one_block = [], [], 0
+    for options in ({"max_num_seqs": 1}, {"max_batch_tokens": 37, "check_blocks": True}):
+        small = {"kv_cache_bytes": 30 * one_block} if one_block else {}
+        engine = build_engine(config.with_options(**small, **options))
+        one_block = block_bytes(engine.model_config.decoder, torch.bfloat16, 4, "int8")
+        assert not small or engine.scheduler.pool.num_blocks == 30
+        states = [engine.add_request(engine.inputs.build(ids, sampling, str(i))) for i, ids in enumerate(prompts)]
+        while engine.has_work:
+            engine.step()
+        results.append([answers_of(state.output()) for state in states])
+        preemptions.append(engine.scheduler.num_preemptions)
+        engine.close()
+    assert preemptions[0] == 0 < preemptions[1]
+    assert results[0] == results[1]
 
 
 # ---- images ----------------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pagelens import LLM, Reader, SamplingParams, quantize
-from pagelens.bench.page import PeakMemory
+from pagelens.bench.memory import PeakMemory
 from pagelens.cli import main
 from pagelens.config import EngineConfig
 from pagelens.core import Engine, build_engine
@@ -103,6 +103,7 @@ def test_the_same_bits_as_the_source(source: str, weights: Any, tmp_path: Path) 
     expected = logits_of(folder, weights=weights)
     assert torch.equal(logits_of(packed), expected)
     assert torch.equal(logits_of(packed, weights=weights), expected)
+    assert torch.equal(logits_of(packed, use_mmap=False), expected)
     if weights != "auto":
         assert not torch.equal(expected, logits_of(folder))
 
@@ -426,4 +427,4 @@ def test_options_that_do_not_fit_the_folder(packed: Path, capsys: pytest.Capture
     assert main(["generate", "--model", str(packed), "--prompt", "Hi", "--backend", "reference"]) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1
-    assert "backend='native'" in err
+    assert "--backend native" in err

@@ -95,14 +95,23 @@ def make_plan(base: int, tile: int = 0, columns: int = 1, rows: int = 1) -> Tile
     return TilePlan(columns * 100, rows * 100, "test", columns, rows, base, tile, False)
 
 
-def make_cache(config: DecoderConfig, num_blocks: int, block_size: int, dtype: torch.dtype) -> KVCacheView:
+def make_cache(
+    config: DecoderConfig, num_blocks: int, block_size: int, dtype: torch.dtype, kv_cache_dtype: str = "auto"
+) -> KVCacheView:
     """A cache full of NaN: a read of a slot that nobody wrote shows up in the logits."""
+    is_int8 = kv_cache_dtype == "int8"
     shape = (num_blocks, block_size, config.num_kv_heads, config.head_dim)
 
     def layers() -> tuple[Tensor, ...]:
+        if is_int8:
+            return tuple(torch.full(shape, 77, dtype=torch.uint8) for _ in range(config.num_layers))
         return tuple(torch.full(shape, torch.nan, dtype=dtype) for _ in range(config.num_layers))
 
-    return KVCacheView(layers(), layers(), block_size)
+    def scales() -> tuple[Tensor, ...] | None:
+        shape = (num_blocks, config.num_kv_heads, block_size)
+        return tuple(torch.full(shape, torch.nan) for _ in range(config.num_layers)) if is_int8 else None
+
+    return KVCacheView(layers(), layers(), block_size, scales(), scales())
 
 
 def ints(values: Any) -> Tensor:

@@ -8,7 +8,7 @@ Tolerances come from the arithmetic, not from what was seen. Both sides sum in f
 terms of like size wanders by about 2^-24 * sqrt(n) of its largest partial sum; 8 of these are allowed, relative to the
 largest value of the result. A bfloat16 result is rounded once on both sides, so where that wandering crosses a rounding
 boundary it may be one unit (2^-7 of the value) off, but rarely: `max_flips` is the share of elements
-that may differ at all.
+that may differ at all. float16, which GPUs run too, is the same with 2^-10.
 """
 
 from __future__ import annotations
@@ -19,13 +19,16 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
+from ops.kv_layout import from_backend, to_backend
 from torch import Tensor
 
 from pagelens.ops import OpCase, RopeTable
+from pagelens.ops.reference import quantize_rows
 
 Run = Callable[[], Any]
-F32, BF16 = torch.float32, torch.bfloat16
-SHORT = {F32: "f32", BF16: "bf16"}
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+SHORT = {F32: "f32", BF16: "bf16", F16: "f16"}
+UNIT = {F32: 0.0, BF16: 2.0**-7, F16: 2.0**-10}  # of a rounded result, relative; float32 results are not rounded
 
 
 def noise(generator: torch.Generator, shape: tuple[int, ...], dtype: torch.dtype, scale: float = 1.0) -> Tensor:
@@ -102,14 +105,14 @@ def difference(result: Tensor, expected: Tensor, case: Case) -> str | None:
     if not torch.equal(result.isnan(), expected.isnan()):
         return f"{case.id}: NaN in {int(result.isnan().sum())} places instead of {int(expected.isnan().sum())}"
     a, b = result.double().nan_to_num(), expected.double().nan_to_num()
-    once = 2.0**-7 if expected.dtype == BF16 else 0.0
+    once = UNIT[expected.dtype]
     excess = (a - b).abs() - once * b.abs() - case.absolute() * float(b.abs().max())
     worst = int(excess.argmax())
     if float(excess.max()) > 0:
         found, wanted = float(a.flatten()[worst]), float(b.flatten()[worst])
         return f"{case.id}: element {worst} is {found!r} instead of {wanted!r} (largest {float(b.abs().max()):.4g})"
     flips = float((a != b).double().mean())
-    if expected.dtype == BF16 and flips > max(case.max_flips, 2 / a.numel()):
+    if once and flips > max(case.max_flips, 2 / a.numel()):
         return f"{case.id}: {flips:.2%} of the elements differ, at most {case.max_flips:.2%} may"
     return None
 
@@ -296,29 +299,64 @@ class RopeCase(Case):
         return (("num_heads", self.heads), ("num_kv_heads", self.kv_heads), ("head_dim", self.head_dim))
 
     def bind(self, ops: Any) -> Run:
-        store, cache = self.store(ops)
-        return lambda: torch.cat([store().flatten(), cache.flatten()])
+        store, cache, _ = self.store(ops)
+        return lambda: torch.cat([store().flatten(), *(from_backend(ops, cache[i], i == 1).flatten() for i in (0, 1))])
 
     def timed(self, ops: Any) -> Run:
         return self.store(ops)[0]
 
-    def store(self, ops: Any) -> tuple[Run, Tensor]:
+    def store(self, ops: Any) -> tuple[Run, Tensor, Tensor | None]:
+        """The call, the caches of keys and values that it fills, and their scales."""
         g = self.generator()
         blocks, tables, _, contexts = self.batch.tables(g)
         positions, slots = self.batch.places(tables)
         qkv = noise(g, (self.batch.new, (self.heads + 2 * self.kv_heads) * self.head_dim), self.dtype)
-        cache = torch.zeros(2, blocks, self.batch.block_size, self.kv_heads, self.head_dim, dtype=self.dtype)
+        cache, scales = self.empty_cache(blocks)
+        named = {} if scales is None else {"key_scales": scales[0], "value_scales": scales[1]}
         rope = rope_table(max([*contexts.tolist(), 1]), self.head_dim)
         norms = [noise(g, (self.head_dim,), self.dtype) if self.norm else None for _ in range(2)]
-        return lambda: ops.qk_norm_rope_store(
-            qkv, positions, slots, rope, cache[0], cache[1], self.heads, *norms
-        ), cache
+        run = lambda: ops.qk_norm_rope_store(  # noqa: E731
+            qkv, positions, slots, rope, cache[0], cache[1], self.heads, *norms, **named
+        )
+        return run, cache, scales
+
+    def empty_cache(self, blocks: int) -> tuple[Tensor, Tensor | None]:
+        shape = (2, blocks, self.batch.block_size, self.kv_heads, self.head_dim)
+        return torch.zeros(shape, dtype=self.dtype), None
 
     def bytes(self) -> int:
         return 2 * element_bytes(self.dtype) * self.batch.new * (self.heads + 2 * self.kv_heads) * self.head_dim
 
     def flops(self) -> int:
         return 6 * self.batch.new * (self.heads + self.kv_heads) * self.head_dim
+
+
+@dataclass(frozen=True)
+class Int8RopeCase(RopeCase):
+    """The same into an int8 cache. The result: queries, whole numbers of keys and of values, scales."""
+
+    def label(self) -> str:
+        return super().label() + "-int8"
+
+    def absolute(self) -> float:
+        return 1.0 / 127  # a key that lies between two whole numbers may go to either
+
+    def empty_cache(self, blocks: int) -> tuple[Tensor, Tensor | None]:
+        shape = (2, blocks, self.batch.block_size, self.kv_heads, self.head_dim)
+        scales = torch.zeros(2, blocks, self.kv_heads, self.batch.block_size)
+        return torch.zeros(shape, dtype=torch.int8).view(torch.uint8), scales
+
+    def bind(self, ops: Any) -> Run:
+        store, cache, scales = self.store(ops)
+        assert scales is not None
+
+        def run() -> Tensor:
+            q = store().float().flatten()
+            written = (scales != 0).transpose(2, 3)[..., None]  # what other slots hold differs
+            whole = [from_backend(ops, cache[i], i == 1).float() * written[i] for i in (0, 1)]
+            return torch.cat([q, whole[0].flatten(), whole[1].flatten(), scales.flatten()])
+
+        return run
 
 
 @dataclass(frozen=True)
@@ -356,10 +394,15 @@ class AttentionCase(Case):
         q = noise(g, (self.batch.new, self.heads, self.head_dim), self.dtype, self.sharp)
         return q, cache[0], cache[1], tables, starts, contexts
 
+    def inputs(self, ops: Any, tensors: tuple[Tensor, ...] | None = None) -> tuple[list[Tensor], dict[str, Tensor]]:
+        """What `ops` is called with, its cache in the form that it keeps; `tensors` replace those of `tensors()`."""
+        q, keys, values, *others = tensors or self.tensors()
+        return [q, to_backend(ops, keys, False), to_backend(ops, values, True), *others], {}
+
     def bind(self, ops: Any) -> Run:
-        tensors, scale = self.tensors(), self.head_dim**-0.5
+        (tensors, named), scale = self.inputs(ops), self.head_dim**-0.5
         out = torch.empty_like(tensors[0])
-        return lambda: ops.paged_attention(*tensors, scale, out=out)
+        return lambda: ops.paged_attention(*tensors, scale, out=out, **named)
 
     def bytes(self) -> int:
         cached = sum(c for _, c in self.batch.sequences) * self.kv_heads
@@ -368,6 +411,40 @@ class AttentionCase(Case):
     def flops(self) -> int:
         pairs = sum(n * (c - n) + n * (n + 1) // 2 for n, c in self.batch.sequences)
         return 4 * pairs * self.heads * self.head_dim
+
+
+@dataclass(frozen=True)
+class Int8AttentionCase(AttentionCase):
+    """Over an int8 cache; both sides read the same whole numbers.
+
+    Native rounds a query's elements to 2^-15 of its largest, of about 4 for D of unit size: a score of D^-0.5 times D
+    such errors is wrong by 2^-15 * 4 / sqrt(12), and by four times that at worst; the weights' rounding is less.
+    """
+
+    @property
+    def max_flips(self) -> float:  # type: ignore[override]
+        return min(1.0, 0.05 * max(1.0, self.sharp))
+
+    def label(self) -> str:
+        return super().label() + "-int8"
+
+    def absolute(self) -> float:
+        return super().absolute() + 2.0**-12.5 * max(1.0, self.sharp)
+
+    def inputs(self, ops: Any, tensors: tuple[Tensor, ...] | None = None) -> tuple[list[Tensor], dict[str, Tensor]]:
+        q, keys, values, *others = tensors or self.tensors()
+        caches, scales = [], []
+        for rows, is_values in ((keys, False), (values, True)):
+            whole, factors = quantize_rows(rows)
+            caches.append(to_backend(ops, whole, is_values))
+            scales.append(factors.transpose(1, 2).contiguous())
+        return [q, *caches, *others], {"key_scales": scales[0], "value_scales": scales[1]}
+
+    def bytes(self) -> int:
+        rows = sum(c for _, c in self.batch.sequences) * self.kv_heads
+        return (
+            2 * rows * (self.head_dim + 4) + 2 * element_bytes(self.dtype) * self.batch.new * self.heads * self.head_dim
+        )
 
 
 @dataclass(frozen=True)
@@ -384,7 +461,7 @@ class SwigluCase(Case):
         return self.width + self.inner
 
     def absolute(self) -> float:
-        rounded = 2.0**-7 / math.sqrt(self.inner) if self.dtype == BF16 else 0.0  # one flip of the product
+        rounded = UNIT[self.dtype] / math.sqrt(self.inner)  # one flip of the product
         return super().absolute() + rounded
 
     def label(self) -> str:
@@ -516,6 +593,18 @@ SMALL = both(
         for h, k, d, block in ((3, 3, 64, 16), (4, 2, 128, 32), (6, 2, 64, 7), (8, 1, 96, 16))
     ),
     AttentionCase(batch=Paged(((1, 200), (20, 150))), heads=4, kv_heads=2, head_dim=128, sharp=30.0),
+    *(
+        kind(batch=Paged(((1, 40), (7, 7), (1, 20), (3, 19)), block), heads=4, kv_heads=2, head_dim=d)
+        for d, block in ((32, 16), (20, 7))
+        for kind in (RopeCase, Int8RopeCase)
+    ),
+    Int8RopeCase(batch=Paged(((3, 30),), 32), heads=2, kv_heads=1, head_dim=128, norm=True),
+    *(
+        Int8AttentionCase(batch=Paged(batch, block), heads=h, kv_heads=k, head_dim=d)
+        for h, k, d, block in ((4, 2, 128, 16), (3, 3, 64, 7), (8, 1, 96, 48), (4, 2, 20, 16))
+        for batch in (((1, 300), (2, 129), (0, 0), (140, 257), (1, 1)), ((4, 140), (33, 64), (1, 17)), ())
+    ),
+    Int8AttentionCase(batch=Paged(((1, 200), (20, 150))), heads=4, kv_heads=2, head_dim=64, sharp=30.0),
     *(SwigluCase(rows=m, width=c, inner=i) for m, c, i in ((0, 32, 16), (1, 192, 192), (37, 193, 99), (3, 7, 5))),
     SwigluCase(rows=9, width=192, inner=96, alias=True),
     *(MoeCase(rows=m, seed=m) for m in (0, 1, 2, 37, 130)),
@@ -531,6 +620,7 @@ REAL = both(
     RopeCase(batch=Paged(((1, 300), (2, 900))), heads=16, kv_heads=8, head_dim=128, norm=True, kind="real"),
     AttentionCase(batch=Paged(((1, 903), (40, 300))), heads=10, kv_heads=10, head_dim=128, kind="real"),
     AttentionCase(batch=Paged(((1, 1000), (33, 77))), heads=16, kv_heads=8, head_dim=128, kind="real"),
+    Int8AttentionCase(batch=Paged(((1, 1000), (33, 77), (4, 300))), heads=16, kv_heads=8, head_dim=128, kind="real"),
     SwigluCase(rows=2, width=1280, inner=6848, kind="real"),
 )
 LARGE: list[Case] = [
@@ -539,7 +629,14 @@ LARGE: list[Case] = [
     LinearCase(rows=1, width=1280, out=129280, dtype=BF16, out_dtype=F32, kind="large"),
     LinearCase(rows=256, width=1280, out=6848, dtype=BF16, kind="large"),
     LinearCase(rows=256, width=1280, out=6848, dtype=F32, kind="large"),
+    # The encoder's widest layer as torch runs it, and as the engine does
+    *both(LinearCase(rows=4096, width=768, out=3072, kind="large")),
+    LinearCase(rows=4096, width=768, out=3072, dtype=BF16, kind="large", bias=True, activation="gelu"),
+    LinearCase(rows=4096, width=3072, out=768, dtype=BF16, kind="large", bias=True, residual=True, alias=True),
+    LinearCase(rows=512, width=1024, out=3072, dtype=BF16, kind="large"),
     AttentionCase(batch=Paged(((1, 2000),)), heads=10, kv_heads=10, head_dim=128, dtype=BF16, kind="large"),
+    AttentionCase(batch=Paged(((1, 4096),)), heads=16, kv_heads=8, head_dim=128, dtype=BF16, kind="large"),
+    Int8AttentionCase(batch=Paged(((1, 4096),)), heads=16, kv_heads=8, head_dim=128, dtype=BF16, kind="large"),
     AttentionCase(batch=Paged(((903, 903),)), heads=10, kv_heads=10, head_dim=128, dtype=BF16, kind="large"),
     MoeCase(rows=1, width=1280, inner=896, experts=64, top_k=6, shared=1792, dtype=BF16, kind="large"),
     MoeCase(rows=64, width=1280, inner=896, experts=64, top_k=6, shared=1792, dtype=BF16, kind="large", seed=2),

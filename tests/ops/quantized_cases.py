@@ -194,18 +194,25 @@ def _small() -> list[Case]:
 
 SMALL_QUANTIZED = _small()
 INT4, INT8 = Recipe(), Recipe("int8", 0, scales=F32)
-REAL_QUANTIZED = [
-    QuantizedLinearCase(BF16, kind="real", rows=rows, width=width, out=out, recipe=recipe)
-    for recipe in (
-        INT4,
-        INT8,
-        OWN_INT4,
-        OWN_INT8,
-        Recipe(zeros=True, group=128, scales=torch.float16),
-        Recipe("fp8", 128),
-    )
-    for rows, width, out in ((1, 1024, 3072), (4, 3072, 1024), (40, 1024, 1024))
-] + [
-    QuantizedMoeCase(BF16, kind="real", rows=1, width=2048, inner=768, experts=8, top_k=8, recipe=recipe)
-    for recipe in (INT4, OWN_INT4)
-]
+REAL_QUANTIZED = (
+    [
+        QuantizedLinearCase(BF16, kind="real", rows=rows, width=width, out=out, recipe=recipe)
+        for recipe in (
+            INT4,
+            INT8,
+            OWN_INT4,
+            OWN_INT8,
+            Recipe(zeros=True, group=128, scales=torch.float16),
+            Recipe("fp8", 128),
+        )
+        for rows, width, out in ((1, 1024, 3072), (4, 3072, 1024), (40, 1024, 1024))
+    ]
+    + [
+        QuantizedLinearCase(BF16, kind="real", rows=512, width=1024, out=3072, recipe=recipe)
+        for recipe in (OWN_INT8, OWN_INT4)
+    ]
+    + [
+        QuantizedMoeCase(BF16, kind="real", rows=1, width=2048, inner=768, experts=8, top_k=8, recipe=recipe)
+        for recipe in (INT4, OWN_INT4)
+    ]
+)

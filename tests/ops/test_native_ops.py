@@ -18,6 +18,8 @@ from ops.cases import (
     SMALL,
     AttentionCase,
     Case,
+    Int8AttentionCase,
+    Int8RopeCase,
     LinearCase,
     MoeCase,
     Paged,
@@ -26,6 +28,7 @@ from ops.cases import (
     noise,
     rope_table,
 )
+from ops.kv_layout import from_backend
 from ops.quantized_cases import (
     OWN_INT4,
     OWN_INT8,
@@ -40,7 +43,7 @@ from torch import Tensor
 
 from pagelens import _native
 from pagelens.errors import EngineClosedError, ShapeError, UnsupportedError
-from pagelens.ops import OpCase
+from pagelens.ops import OpCase, RopeTable
 from pagelens.ops.native import NativeOps
 from pagelens.ops.reference import ReferenceOps
 
@@ -129,25 +132,34 @@ def test_a_row_has_the_same_bits_alone_and_in_a_batch(
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=["f32", "bf16"])
-@pytest.mark.parametrize("heads", [(6, 6, 32), (4, 2, 128), (6, 2, 64), (8, 1, 96), (2, 2, 22)], ids=str)
+@pytest.mark.parametrize("kind", [AttentionCase, Int8AttentionCase], ids=["auto", "int8"])
+@pytest.mark.parametrize(
+    "heads", [(6, 6, 32, 16), (4, 2, 128, 32), (6, 2, 64, 5), (8, 1, 96, 16), (2, 2, 20, 16)], ids=str
+)
 def test_attention_does_not_depend_on_the_chunking(
-    heads: tuple[int, int, int], dtype: torch.dtype, isa: str, native: NativeOps
+    heads: tuple[int, int, int, int], kind: type[AttentionCase], dtype: torch.dtype, isa: str, native: NativeOps
 ) -> None:
     """One prefill of 290 rows, chunks of it, single rows, and a batch with other sequences: the same bits."""
-    h, k, d = heads
-    case = AttentionCase(batch=Paged(((290, 290),)), heads=h, kv_heads=k, head_dim=d, dtype=dtype)
-    q, keys, values, tables, _, _ = case.tensors()
+    h, k, d, block = heads
+    case = kind(batch=Paged(((290, 290),), block), heads=h, kv_heads=k, head_dim=d, dtype=dtype)
+    (q, keys, values, tables, _, _), named = case.inputs(native)
 
     def attend(ranges: list[tuple[int, int]]) -> list[Tensor]:
         rows = torch.cat([q[a:b] for a, b in ranges])
         starts = torch.tensor([0, *(b - a for a, b in ranges)]).cumsum(0).int()
         contexts = torch.tensor([b for _, b in ranges], dtype=torch.int32)
-        out = native.paged_attention(rows, keys, values, tables.repeat(len(ranges), 1), starts, contexts, d**-0.5)
+        places = tables.repeat(len(ranges), 1), starts, contexts
+        out = native.paged_attention(rows, keys, values, *places, d**-0.5, **named)
         return list(out.split([b - a for a, b in ranges]))
 
     whole = attend([(0, 290)])[0]
-    edges = [(i, i + 1) for i in (0, 31, 32, 127, 128, 129, 255, 256, 289)]
-    chunkings = ([(0, 40), (40, 41), (41, 290)], [(0, 1), (1, 97), (97, 100)], [(126, 130), (253, 257)], edges)
+    edges = [(i, i + 1) for i in (0, 15, 16, 31, 127, 128, 129, 255, 256, 289)]
+    chunkings = (
+        [(0, 40), (40, 41), (41, 290)],
+        [(0, 1), (1, 97), (97, 100)],
+        [(126, 130), (253, 257), (13, 17)],
+        edges,
+    )
     for ranges in chunkings:
         for (a, b), part in zip(ranges, attend(ranges)):
             assert same_bits(part, whole[a:b]), f"rows {a}..{b} of {ranges}"
@@ -155,18 +167,67 @@ def test_attention_does_not_depend_on_the_chunking(
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=["f32", "bf16"])
+@pytest.mark.parametrize("kind", [AttentionCase, Int8AttentionCase], ids=["auto", "int8"])
 @pytest.mark.parametrize("poisoned_key", [34, 35])
 def test_attention_never_reads_above_a_rows_own_position(
-    poisoned_key: int, dtype: torch.dtype, isa: str, native: NativeOps
+    poisoned_key: int, kind: type[AttentionCase], dtype: torch.dtype, isa: str, native: NativeOps
 ) -> None:
     """NaN in a later key of the same chunk must not reach an earlier row, whether the key pairs with it or not."""
-    q, keys, values, tables, starts, contexts = AttentionCase(batch=Paged(((40, 40),)), dtype=dtype).tensors()
-    clean = native.paged_attention(q, keys, values, tables, starts, contexts, 0.2)
+    case = kind(batch=Paged(((40, 40),)), dtype=dtype)
+    plain = case.tensors()
+    _, keys, values, tables, _, _ = plain
+    clean_inputs, named = case.inputs(native, plain)
+    clean = native.paged_attention(*clean_inputs, 0.2, **named)
     block, offset = int(tables[0, poisoned_key // 16]), poisoned_key % 16
     keys[block, offset], values[block, offset] = torch.nan, torch.nan
-    poisoned = native.paged_attention(q, keys, values, tables, starts, contexts, 0.2)
+    poisoned_inputs, named = case.inputs(native, plain)
+    poisoned = native.paged_attention(*poisoned_inputs, 0.2, **named)
     assert same_bits(poisoned[:poisoned_key], clean[:poisoned_key])
     assert poisoned[poisoned_key:].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=["f32", "bf16"])
+@pytest.mark.parametrize("block", [16, 6])
+def test_rows_of_an_int8_cache(block: int, dtype: torch.dtype, isa: str, native: NativeOps) -> None:
+    """Values and their scales are those of the contract; keys may lie a rounding of the rotation beside them."""
+    case = Int8RopeCase(batch=Paged(((40, 50), (1, 20)), block), heads=4, kv_heads=2, head_dim=64, dtype=dtype)
+    found = []
+    for ops in (native, ReferenceOps()):
+        store, cache, scales = case.store(ops)
+        store()
+        assert scales is not None
+        found.append((from_backend(ops, cache[0], False), from_backend(ops, cache[1], True), scales))
+    (keys, values, scales), (wanted_keys, wanted_values, wanted_scales) = found
+    assert torch.equal(values, wanted_values)
+    assert torch.equal(scales[1], wanted_scales[1])
+    assert torch.allclose(scales[0], wanted_scales[0], rtol=2e-6, atol=0)
+    written = (scales[0] != 0).transpose(1, 2)[..., None]  # what other slots hold differs
+    off = (keys.int() - wanted_keys.int()).abs() * written
+    assert int(off.max()) <= 1
+    assert float(off.float().mean()) < 1e-3
+
+
+def test_odd_rows_in_an_int8_cache(isa: str, native: NativeOps) -> None:
+    """Zeros, the smallest numbers, ties, a NaN and an infinity."""
+    rows = torch.zeros(6, 4)
+    rows[1], rows[2] = 1e-38, torch.tensor([127.0, 0.5, 1.5, -2.5])
+    rows[3, 1], rows[4, 2], rows[5, 0] = torch.nan, -torch.inf, -3e38
+    qkv = torch.cat([torch.zeros(6, 4), rows, rows], 1)
+    rope = RopeTable(torch.ones(1, 2), torch.zeros(1, 2))
+    slots, results = torch.arange(6, dtype=torch.int32), []
+    for ops in (native, ReferenceOps()):
+        cache, scales = torch.full((2, 1, 8, 1, 4), 9, dtype=torch.uint8), torch.full((2, 1, 1, 8), 9.0)
+        ops.qk_norm_rope_store(
+            qkv, slots * 0, slots, rope, cache[0], cache[1], 1, key_scales=scales[0], value_scales=scales[1]
+        )
+        results.append((from_backend(ops, cache[1], True)[0, :6, 0], scales[1, 0, 0]))
+    (values, scale), (wanted, wanted_scale) = results
+    assert values.tolist() == wanted.tolist()
+    assert values.tolist()[:3] == [[0] * 4, [0] * 4, [127, 0, 2, -2]]
+    assert values[5].tolist() == [-127, 0, 0, 0]
+    assert scale[:3].tolist() == [0.0, 0.0, 1.0]
+    assert scale[3:5].isnan().all()
+    assert scale.nan_to_num(-1.0).tolist() == wanted_scale.nan_to_num(-1.0).tolist()
 
 
 THREADED = [
@@ -176,6 +237,8 @@ THREADED = [
     MoeCase(rows=40, dtype=BF16),
     AttentionCase(batch=Paged(((1, 700), (90, 120))), dtype=BF16),
     AttentionCase(batch=Paged(((1, 700), (0, 0), (3, 400), (5, 9))), heads=6, kv_heads=3, head_dim=64, dtype=BF16),
+    AttentionCase(batch=Paged(((1, 520), (2, 40)), 7), heads=6, kv_heads=3, head_dim=64, dtype=BF16),
+    Int8AttentionCase(batch=Paged(((1, 700), (3, 400), (50, 90))), heads=6, kv_heads=3, head_dim=64, dtype=BF16),
 ]
 
 

@@ -124,6 +124,23 @@ def test_padding_takes_part(isa: str, native: NativeOps) -> None:
     assert (first[:, :, 4:] != second[:, :, 4:]).any(-1).all()
 
 
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_attention_into_memory_that_is_given(backend: str, native: NativeOps) -> None:
+    ops: Any = native if backend == "native" else ReferenceOps()
+    windows, sequence = WindowAttentionCase(batch=2, grid=6, window=4, heads=2, head_dim=8), SequenceAttentionCase()
+    qkv, *others = windows.tensors()
+    out = torch.full((2, 6, 6, 16), torch.nan)
+    assert ops.window_attention(qkv, *others, 2, 4, out=out) is out
+    assert same_bits(out, ops.window_attention(qkv, *others, 2, 4))
+    rows = sequence.tensors()[0]
+    out = torch.full((*rows.shape[:2], rows.shape[2] // 3), torch.nan, dtype=rows.dtype)
+    assert ops.attention(rows, sequence.heads, out=out) is out
+    assert same_bits(out, ops.attention(rows, sequence.heads))
+    for wrong in (out[:, :-1], out.double(), out[0]):
+        with pytest.raises(ShapeError, match="out"):
+            ops.attention(rows, sequence.heads, out=wrong)
+
+
 # ---- errors --------------------------------------------------------------------------------------------------------
 def test_wrong_shapes_and_dtypes_are_refused(native: NativeOps) -> None:
     qkv, pad, table = torch.zeros(1, 6, 6, 24), torch.zeros(24), torch.zeros(7, 4)

@@ -78,14 +78,16 @@ def test_packing_goes_with_its_op(monkeypatch: pytest.MonkeyPatch) -> None:
     assert table.pack_moe.__self__.name == "reference"
 
 
-@pytest.mark.parametrize("refused", SAME_BACKEND)
-def test_ops_that_share_packed_weights_share_a_backend(monkeypatch: pytest.MonkeyPatch, refused: str) -> None:
+@pytest.mark.parametrize(
+    ("what", "refused"), [(what, op) for what, group in SAME_BACKEND.items() for op in group], ids=str
+)
+def test_ops_that_share_something_share_a_backend(monkeypatch: pytest.MonkeyPatch, what: str, refused: str) -> None:
     install(monkeypatch, set(OP_NAMES), {refused: "no"})
     table = resolve_ops("auto", CASES)
-    assert {table.backend_of[op] for op in SAME_BACKEND} == {"reference"}
+    assert {table.backend_of[op] for op in SAME_BACKEND[what]} == {"reference"}
     assert table.backend_of["linear"] == "native"
-    others = [op for op in SAME_BACKEND if op != refused]
-    assert all(f"shares packed weights with {refused}" in reason(table, op) for op in others)
+    others = [op for op in SAME_BACKEND[what] if op != refused]
+    assert all(f"shares {what} with {refused}" in reason(table, op) for op in others)
 
 
 def test_a_forced_backend_that_cannot_run_raises(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -376,7 +376,7 @@ SHAPE_ERRORS: dict[str, Callable[[], object]] = {
     "linear out": lambda: OPS.linear(noise(2, 4), OPS.pack_linear(noise(3, 4)), out=noise(3, 3)),
     "linear activation": lambda: OPS.linear(noise(2, 4), OPS.pack_linear(noise(3, 4)), "relu"),  # type: ignore[arg-type]
     "bias": lambda: OPS.pack_linear(noise(3, 4), noise(4)),
-    "half precision": lambda: OPS.pack_linear(noise(3, 4).half()),
+    "double precision": lambda: OPS.pack_linear(noise(3, 4).double()),
     "rms_norm weight": lambda: OPS.rms_norm(noise(2, 5), noise(4), 1e-6),
     "layer_norm bias": lambda: OPS.layer_norm(noise(2, 5), noise(5), noise(4), 1e-6),
     "swiglu": lambda: OPS.pack_swiglu(noise(3, 4), noise(3, 4), noise(3, 4)),

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from ops.cases import BF16, F32, Case, Run, both, element_bytes, noise
+from ops.cases import BF16, F32, UNIT, Case, Run, both, element_bytes, noise
 from torch import Tensor
 
 
@@ -31,7 +31,7 @@ class SequenceAttentionCase(Case):
 
     def absolute(self) -> float:
         # Scores grow with the square of `sharp`, and an error of a score is a relative one of its weight.
-        rounded = 2.0**-8 if self.dtype == BF16 else 0.0
+        rounded = UNIT[self.dtype] / 2
         return super().absolute() * max(1.0, 4 * self.sharp**2) + rounded
 
     def label(self) -> str:
@@ -157,7 +157,7 @@ class ConvDownsampleCase(Case):
         return self.width + 9 * (2 * self.neck + self.down[0])
 
     def absolute(self) -> float:
-        return super().absolute() + (2.0**-7 if self.dtype == BF16 else 0.0)
+        return super().absolute() + UNIT[self.dtype]
 
     def label(self) -> str:
         return f"{self.batch}x{self.grid}x{self.width}-{self.neck}-{self.down[0]}-{self.down[1]}"

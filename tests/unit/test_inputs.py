@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -91,6 +92,32 @@ def test_tiles_and_max_crops_change_the_count() -> None:
 
 def test_a_text_model_has_no_template() -> None:
     assert build(" a<image> ", processor=None, bos_token_id=None).token_ids == [8, 9, *letters(" a<image> ")]
+
+
+def test_views_can_be_made_ahead_in_another_thread(tmp_path: Any) -> None:
+    path = tmp_path / "page.png"
+    Image.fromarray(PAGE).save(path)
+    prompt = {"prompt": "<image>", "images": [path]}
+
+    def slot() -> Any:
+        return builder().build(prompt, SamplingParams(), "0", keep_views=False).images[0]
+
+    expected = slot().take_views().global_view
+    with ThreadPoolExecutor(1) as executor:
+        ahead, released = slot(), slot()
+        for one in (ahead, released):
+            one.prefetch(executor)
+            one.prefetch(executor)
+        released.release()
+        assert ahead.take_views().global_view.equal(expected)
+        for one in (ahead, released):
+            with pytest.raises(PromptError, match="already taken"):
+                one.take_views()
+            one.prefetch(executor)  # nothing is left to do
+        path.unlink()
+        gone = builder().build({"prompt": "<image>", "images": [PAGE]}, SamplingParams(), "0", keep_views=True)
+        gone.images[0].prefetch(executor)
+        assert gone.images[0].take_views().global_view.equal(expected)
 
 
 def test_views_are_made_now_or_later_and_handed_out_once(tmp_path: Any) -> None:

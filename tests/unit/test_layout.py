@@ -10,6 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 ENGINE = ROOT / "engine"
 LAYERS = {
+    "kernels": -1,
     "types": 0,
     "errors": 0,
     "config": 0,
@@ -31,10 +32,11 @@ LAYERS = {
     "reader": 5,
     "doctor": 5,
     "quantize": 5,
+    "tune": 5,
     "cli": 6,
     "read_files": 6,
     "chat_command": 6,
-    "bench": 6,
+    "bench": 5,
 }
 FRONT_ENDS_MAY_USE = {0, 5, 6}
 HEAVY = ("torch", "transformers", "triton", "PIL", "tokenizers", "huggingface_hub")

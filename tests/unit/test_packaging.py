@@ -20,7 +20,19 @@ MAX_WHEEL_BYTES = 25_000_000
 def source_copy(folder: Path) -> Path:
     """The sources, with the compiled objects (so that only changes are compiled), in a folder of their own."""
     copy = folder / "source"
-    leave = (".git", ".venv", "*.so", "__pycache__", "*.egg-info", "lib", "lib.*", "bdist.*", "dist", ".*_cache")
+    leave = (
+        ".git",
+        ".venv*",
+        "peers-cache",
+        "*.so",
+        "__pycache__",
+        "*.egg-info",
+        "lib",
+        "lib.*",
+        "bdist.*",
+        "dist",
+        ".*_cache",
+    )
     ignored = shutil.ignore_patterns(*leave)
     shutil.copytree(ROOT, copy, ignore=ignored, ignore_dangling_symlinks=True)
     return copy
@@ -52,6 +64,8 @@ def test_the_wheel_has_the_packages_and_nothing_else(built: dict[str, Path]) -> 
     for folder, package in (("engine", "pagelens"), ("kernels", "pagelens/kernels")):
         for path in (source / folder).rglob("*.py"):
             assert f"{package}/{path.relative_to(source / folder).as_posix()}" in names, path
+    for path in (source / "kernels" / "configs").glob("*.json"):
+        assert f"pagelens/kernels/configs/{path.name}" in names, path
     for path in (source / "engine" / "assets").rglob("*"):
         if path.is_file() and path.suffix != ".pyc":
             assert f"pagelens/{path.relative_to(source / 'engine').as_posix()}" in names, path

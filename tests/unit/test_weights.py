@@ -111,8 +111,8 @@ def test_a_transposed_weight_is_a_wrong_shape(tmp_path: Path) -> None:
 def test_misuse_is_a_value_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="2 sources and 1 shapes"):
         WeightSpec("x", ("a", "b"), ((1,),))
-    with pytest.raises(ValueError, match=r"float32 or bfloat16, not torch\.float16"):
-        load(folder_of(tmp_path, {"w": VALUES}), [spec("x", "w")], dtype=torch.float16)
+    with pytest.raises(ValueError, match=r"bfloat16 or float16, not torch\.float64"):
+        load(folder_of(tmp_path, {"w": VALUES}), [spec("x", "w")], dtype=torch.float64)
 
 
 def rss(kind: str) -> int:

@@ -1,0 +1,26 @@
+"""Starts the tests of tests/gpu/interpreter in a process of their own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed: there are wheels for Linux only")
+def test_the_interpreted_kernels() -> None:
+    """All of them pass, and there are some."""
+    command = [sys.executable, "-m", "pytest", "tests/gpu/interpreter", "-q", "--durations=5"]
+    one_thread = {"TRITON_INTERPRET": "1", "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, **one_thread}, capture_output=True, text=True, timeout=900
+    )
+    print(result.stdout[-4000:])
+    assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
+    assert " passed" in result.stdout

@@ -1,0 +1,154 @@
+"""Reads machine code: registers, stack, instructions by class, and the mix of the hottest loop."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+
+from .compiled import Compiled, setup
+
+# Classes of instructions that the table counts, by the first part of their names.
+TENSOR = ("HMMA", "IMMA", "QMMA", "HGMMA", "IGMMA", "QGMMA", "UTCHMMA", "UTCQMMA", "UTCIMMA", "OMMA", "DMMA")
+COPY = ("LDGSTS", "UTMALDG", "UTMASTG", "UBLKCP")
+SPILL = ("LDL", "STL")
+
+
+@dataclass(frozen=True)
+class Resources:
+    """One kernel on one target. A thread's registers; stack in bytes a thread; shared memory in bytes a program.
+
+    AMD: registers are vector registers, `accumulators` of them in the second half of the file; stack is scratch.
+    wide_copies: copy instructions of 16 bytes; tensor, copies, spills: instructions in the whole kernel;
+    loop: instructions of the innermost loop with the most tensor instructions (or the longest), by name.
+    """
+
+    registers: int
+    accumulators: int
+    stack: int
+    shared: int
+    warps: int
+    instructions: int
+    tensor: int
+    copies: int
+    wide_copies: int
+    spills: int
+    loop: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def loop_length(self) -> int:
+        return sum(self.loop.values())
+
+
+def read(compiled: Compiled) -> Resources:
+    return read_amd(compiled) if compiled.target.startswith("gfx") else read_nvidia(compiled)
+
+
+@cache
+def tool(name: str) -> str:
+    return str(Path(setup().__file__).parent / "backends" / "nvidia" / "bin" / name)
+
+
+def run_tool(*arguments: str) -> str:
+    return subprocess.run(arguments, capture_output=True, text=True, check=True).stdout
+
+
+_SASS = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)((?:\.[\w]+)*)([^;]*);", re.M)
+
+
+def read_nvidia(compiled: Compiled) -> Resources:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = run_tool(tool("cuobjdump"), "-res-usage", file.name)
+        listing = run_tool(tool("cuobjdump"), "-sass", file.name)
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    if not found:
+        raise ValueError(f"cuobjdump printed no resource usage of {compiled.name}: {usage[:200]!r}")
+    code = [(int(m[1], 16), m[2], m[3], m[4]) for m in _SASS.finditer(listing)]
+    counts = Counter(name for _, name, _, _ in code)
+    return Resources(
+        registers=int(found[1]),
+        accumulators=0,
+        stack=int(found[2]),
+        shared=compiled.shared,
+        warps=compiled.num_warps,
+        instructions=sum(counts.values()),
+        tensor=sum(counts[name] for name in TENSOR),
+        copies=sum(counts[name] for name in COPY),
+        wide_copies=sum(1 for _, name, mods, _ in code if name in COPY and (name != "LDGSTS" or ".128" in mods)),
+        spills=sum(counts[name] for name in SPILL),
+        loop=hot_loop(code),
+    )
+
+
+def hot_loop(code: list[tuple[int, str, str, str]]) -> dict[str, int]:
+    """Instructions between a backward branch and its target: of the innermost such loops the one with most tensor
+    instructions, then the longest."""
+    at = {address: index for index, (address, *_) in enumerate(code)}
+    spans = []
+    for index, (_, name, _, operands) in enumerate(code):
+        target = re.search(r"0x([0-9a-f]+)", operands) if name == "BRA" else None
+        start = at.get(int(target[1], 16)) if target else None
+        if start is not None and index - start > 4:
+            spans.append((start, index))
+    inner = [s for s in spans if not any(o != s and o[0] >= s[0] and o[1] <= s[1] for o in spans)]
+    mixes = [Counter(name for _, name, _, _ in code[start : end + 1]) for start, end in inner]
+    if not mixes:
+        return {}
+    return dict(max(mixes, key=lambda mix: (sum(mix[name] for name in TENSOR), sum(mix.values()))))
+
+
+_AMD = re.compile(r"^\s+((?:v|s|ds|global|buffer|scratch|flat)_[a-z0-9_]+)", re.M)
+
+
+def read_amd(compiled: Compiled) -> Resources:
+    text = compiled.asm["amdgcn"]
+
+    def number(pattern: str) -> int:
+        found = re.search(pattern, text)
+        if not found:
+            raise ValueError(f"{compiled.name}: no {pattern} in the assembly")
+        return int(found[1])
+
+    names = _AMD.findall(text)
+    counts = Counter(names)
+    wide = sum(n for name, n in counts.items() if name in ("global_load_dwordx4", "buffer_load_dwordx4"))
+    loads = sum(n for name, n in counts.items() if name.startswith(("global_load", "buffer_load")))
+    return Resources(
+        registers=number(r"\.vgpr_count:\s+(\d+)"),
+        accumulators=number(r"\.agpr_count:\s+(\d+)"),
+        stack=number(r"ScratchSize: (\d+)"),
+        shared=compiled.shared,
+        warps=compiled.num_warps,
+        instructions=sum(counts.values()),
+        tensor=sum(n for name, n in counts.items() if "mfma" in name),
+        copies=loads,
+        wide_copies=wide,
+        spills=sum(n for name, n in counts.items() if name.startswith("scratch_")),
+        loop=amd_loop(text),
+    )
+
+
+def amd_loop(text: str) -> dict[str, int]:
+    """As hot_loop, of labels .LBB0_n and branches back to them."""
+    code: list[str] = []
+    labels: dict[str, int] = {}
+    spans = []
+    for line in text.splitlines():
+        if label := re.match(r"^(\.LBB\w+):", line):
+            labels[label[1]] = len(code)
+        elif found := _AMD.match(line):
+            code.append(found[1])
+            target = re.search(r"(\.LBB\w+)", line) if found[1].startswith(("s_cbranch", "s_branch")) else None
+            if target and target[1] in labels:
+                spans.append((labels[target[1]], len(code) - 1))
+    inner = [s for s in spans if not any(o != s and o[0] >= s[0] and o[1] <= s[1] for o in spans)]
+    mixes = [Counter(code[start : end + 1]) for start, end in inner]
+    if not mixes:
+        return {}
+    return dict(max(mixes, key=lambda mix: (sum(n for name, n in mix.items() if "mfma" in name), sum(mix.values()))))
