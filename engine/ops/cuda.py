@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ..errors import ShapeError
 from ..quantization import QuantizedWeight, Weight
 from . import OpCase, RopeTable, Routing
 from .reference import PackedMoe, PackedSwiglu, ReferenceOps, finish, refuse, swiglu_float32
@@ -99,6 +100,12 @@ def refusal(weight: Weight) -> str | None:
     return None
 
 
+def refuse_int8_cache(op: str, *scales: Tensor | None) -> None:
+    """Raises ShapeError if an int8 cache was given, which the kernels do not read."""
+    if any(s is not None for s in scales):
+        raise ShapeError(f"{op}: the CUDA kernels have no int8 KV-cache; use kv_cache_dtype='auto'")
+
+
 class CudaOps(ReferenceOps):
     """The ops that have a CUDA kernel; see ops/__init__.py for formulas and shapes."""
 
@@ -157,7 +164,10 @@ class CudaOps(ReferenceOps):
         k_norm: Tensor | None = None,
         eps: float = 1e-6,
         out: Tensor | None = None,
+        key_scales: Tensor | None = None,
+        value_scales: Tensor | None = None,
     ) -> Tensor:
+        refuse_int8_cache("qk_norm_rope_store", key_scales, value_scales)
         num_blocks, block_size, num_kv_heads, head_dim = keys.shape
         width = (num_heads + 2 * num_kv_heads) * head_dim
         if qkv.ndim != 2 or qkv.shape[1] != width or values.shape != keys.shape or qkv.dtype != torch.bfloat16:
@@ -201,7 +211,10 @@ class CudaOps(ReferenceOps):
         context_lens: Tensor,
         scale: float,
         out: Tensor | None = None,
+        key_scales: Tensor | None = None,
+        value_scales: Tensor | None = None,
     ) -> Tensor:
+        refuse_int8_cache("paged_attention", key_scales, value_scales)
         num_kv_heads, head_dim = keys.shape[2:]
         if q.ndim != 3 or q.shape[2] != head_dim or q.shape[1] % num_kv_heads or q.dtype != torch.bfloat16:
             refuse("paged_attention", "q must be [N, H, D] bfloat16 with H a multiple of K", q, keys)
@@ -235,7 +248,14 @@ class CudaOps(ReferenceOps):
         return out
 
     def window_attention(
-        self, qkv: Tensor, pad_qkv: Tensor, rel_h: Tensor, rel_w: Tensor, num_heads: int, window: int
+        self,
+        qkv: Tensor,
+        pad_qkv: Tensor,
+        rel_h: Tensor,
+        rel_w: Tensor,
+        num_heads: int,
+        window: int,
+        out: Tensor | None = None,
     ) -> Tensor:
         views, grid, _, width = qkv.shape
         size, head_dim = window or grid, width // (3 * num_heads)
@@ -245,7 +265,11 @@ class CudaOps(ReferenceOps):
             refuse("window_attention", f"head_dim must be one of {VISION_HEAD_DIMS}, windows up to {MAX_WINDOW}", qkv)
         qkv, pad_qkv = qkv.contiguous(), pad_qkv.to(qkv.dtype).contiguous()
         tables = [part for table in (rel_h, rel_w) for part in two_parts(table)]
-        out = torch.empty(views, grid, grid, width // 3, dtype=qkv.dtype, device=qkv.device)
+        shape = (views, grid, grid, width // 3)
+        if out is None:
+            out = torch.empty(shape, dtype=qkv.dtype, device=qkv.device)
+        elif out.shape != shape or out.dtype != qkv.dtype or not out.is_contiguous():
+            refuse("window_attention", f"out must be contiguous {list(shape)} in qkv's dtype", out)
         self.kernels.window_attention(
             qkv.data_ptr(),
             pad_qkv.data_ptr(),

@@ -12,10 +12,9 @@ from types import ModuleType
 
 import pytest
 import torch
-from cuda.kernel_cases import BUILT, REFERENCE, compare, load, run_tests_with, shared_cases
+from cuda.kernel_cases import BUILT, CASES, REFERENCE, compare, load, run_tests_with, shared_cases
 from helpers.simt_build import build_extension
-from ops.cases import SMALL, AttentionCase, Paged, noise
-from ops.vision_cases import SMALL_VISION
+from ops.cases import AttentionCase, Paged, noise
 
 from pagelens.ops import OpCase
 from pagelens.ops.cuda import CudaOps, pack_rows
@@ -67,7 +66,7 @@ def test_shared_cases(ops: CudaOps, kernels: ModuleType, order: str) -> None:
 
 def test_refusals_name_the_size() -> None:
     ops = CudaOps(ModuleType("no kernels"), "cuda-sim")
-    refused = {ops.supports(case.op_case()) for case in (*SMALL, *SMALL_VISION) if case.op in ops.IMPLEMENTED}
+    refused = {ops.supports(case.op_case()) for case in CASES if case.op in ops.IMPLEMENTED}
     assert refused == {
         None,
         "the CUDA kernels take bfloat16, not float32",
