@@ -65,9 +65,6 @@ MUTANTS = (
         MOE,
         "race",
     ),
-    Mutant(
-        "a dropped row predicate", "grouped_gemm.cu", "if (r >= work.rows || c >= a.width) return;", "", MOE, "race"
-    ),
     Mutant("a dropped mask", "paged_attention.cu", "key <= last_key[e >> 1] ?", "true ?", ATTENTION, "wrong"),
     Mutant(
         "a barrier of a warp removed",

@@ -98,7 +98,7 @@ def build_extension(variant: str, folder: Path, mutants: Mapping[str, tuple[str,
     missing = [(target, command) for target, command in jobs if not target.exists()]
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(lambda job: run([*compiler(), *job[1], "-c", "-o", job[0]]), missing))
-    key = "-".join(["mutant", *(str(abs(hash(pair))) for pair in changed.values())]) if changed else variant
+    key = f"mutant-{abs(hash(tuple(changed.items())))}" if changed else variant
     target = folder / f"{variant}-{key}" / f"{EXTENSION}.so"
     target.parent.mkdir(exist_ok=True)
     sanitizer = SANITIZE if variant == "asan" else []
