@@ -115,7 +115,7 @@ CASES: dict[str, Bad] = {
     "weights": Bad(ConfigError, ("int5", "int8", "int4"), options={"weights": "int5"}, arguments=("--weights", "int5")),
     "weights twice": Bad(
         ConfigError,
-        ("weights='int4'", "quantised already", "use weights='auto'"),
+        ("weights", "int4", "quantised already", "auto"),
         model="gptq",
         options={"weights": "int4"},
         arguments=("--weights", "int4"),

@@ -148,7 +148,7 @@ def test_generate_streams_a_text_and_prints_json(tiny: Path, capsys: pytest.Capt
 @pytest.mark.parametrize(
     ("options", "needle"),
     [
-        (["--max-tokens", "0"], "max_tokens must be None or at least 1, got 0"),
+        (["--max-tokens", "0"], "--max-tokens must be at least 1, got 0"),
         (["--temperature", "-1"], "temperature must be between 0 and 100, got -1.0"),
         (["--max-tokens", "100000"], "max_model_len is 320"),
         (["--prompt", ""], "the prompt is empty"),
