@@ -42,26 +42,26 @@ void bind_routing(py::module_& m) {
 void bind_rope(py::module_& m) {
   m.def(
       "qk_norm_rope_store",
-      [](Address qkv, int64_t qkv_stride, int tokens, int heads, int kv_heads, int head_dim, Address positions,
-         Address slots, Address cos, Address sin, Address q_norm, Address k_norm, float eps, Address keys,
-         Address values, Address out, Address stream) {
+      [](Address qkv, int64_t qkv_stride, int tokens, int heads, int kv_heads, int head_dim, int num_positions,
+         int num_slots, Address positions, Address slots, Address cos, Address sin, Address q_norm, Address k_norm,
+         float eps, Address keys, Address values, Address out, Address stream) {
         qk_norm_rope_store(
-            {at<const bf16>(qkv), qkv_stride, tokens, heads, kv_heads, head_dim, at<const int32_t>(positions),
-             at<const int32_t>(slots), at<const float>(cos), at<const float>(sin), at<const bf16>(q_norm),
-             at<const bf16>(k_norm), eps, at<bf16>(keys), at<bf16>(values), at<bf16>(out)},
+            {at<const bf16>(qkv), qkv_stride, tokens, heads, kv_heads, head_dim, num_positions, num_slots,
+             at<const int32_t>(positions), at<const int32_t>(slots), at<const float>(cos), at<const float>(sin),
+             at<const bf16>(q_norm), at<const bf16>(k_norm), eps, at<bf16>(keys), at<bf16>(values), at<bf16>(out)},
             stream_of(stream));
       },
       py::arg("qkv"), py::arg("qkv_stride"), py::arg("tokens"), py::arg("heads"), py::arg("kv_heads"),
-      py::arg("head_dim"), py::arg("positions"), py::arg("slots"), py::arg("cos"), py::arg("sin"), py::arg("q_norm"),
-      py::arg("k_norm"), py::arg("eps"), py::arg("keys"), py::arg("values"), py::arg("out"), py::arg("stream"),
-      py::call_guard<py::gil_scoped_release>());
+      py::arg("head_dim"), py::arg("num_positions"), py::arg("num_slots"), py::arg("positions"), py::arg("slots"),
+      py::arg("cos"), py::arg("sin"), py::arg("q_norm"), py::arg("k_norm"), py::arg("eps"), py::arg("keys"),
+      py::arg("values"), py::arg("out"), py::arg("stream"), py::call_guard<py::gil_scoped_release>());
 }
 
 void bind_attention(py::module_& m) {
   py::class_<PagedAttentionArgs>(m, "PagedAttentionArgs", py::module_local())
       .def(py::init([](Address q, Address keys, Address values, int heads, int kv_heads, int head_dim, int block_size,
                        Address block_tables, Address query_starts, Address context_lens, int sequences, int table_width,
-                       int tokens, int longest_query, int longest_context, float scale, Address out) {
+                       int tokens, int longest_context, float scale, Address out) {
              return PagedAttentionArgs{at<const bf16>(q),
                                        at<const bf16>(keys),
                                        at<const bf16>(values),
@@ -75,7 +75,6 @@ void bind_attention(py::module_& m) {
                                        sequences,
                                        table_width,
                                        tokens,
-                                       longest_query,
                                        longest_context,
                                        scale,
                                        nullptr,
@@ -83,8 +82,8 @@ void bind_attention(py::module_& m) {
            }),
            py::arg("q"), py::arg("keys"), py::arg("values"), py::arg("heads"), py::arg("kv_heads"), py::arg("head_dim"),
            py::arg("block_size"), py::arg("block_tables"), py::arg("query_starts"), py::arg("context_lens"),
-           py::arg("sequences"), py::arg("table_width"), py::arg("tokens"), py::arg("longest_query"),
-           py::arg("longest_context"), py::arg("scale"), py::arg("out"));
+           py::arg("sequences"), py::arg("table_width"), py::arg("tokens"), py::arg("longest_context"),
+           py::arg("scale"), py::arg("out"));
   m.def("paged_attention_scratch", &paged_attention_scratch, "Floats of scratch that paged_attention needs.");
   m.def(
       "paged_attention",
@@ -173,13 +172,13 @@ void bind_grouped_gemm(py::module_& m) {
 void bind_simulator(py::module_& m) {
   m.def(
       "set_options",
-      [](const std::string& order, uint32_t seed, bool races) {
+      [](const std::string& order, uint32_t seed, bool races, const std::string& refusal) {
         simt::options() = {order == "reverse"  ? simt::Order::reverse
                            : order == "random" ? simt::Order::random
                                                : simt::Order::forward,
-                           seed, races};
+                           seed, races, refusal};
       },
-      py::arg("order") = "forward", py::arg("seed") = 1, py::arg("races") = false);
+      py::arg("order") = "forward", py::arg("seed") = 1, py::arg("races") = false, py::arg("refusal") = "");
   m.def("take_findings", [] {
     const simt::Findings found = simt::take_findings();
     py::dict banks;

@@ -38,13 +38,14 @@ constexpr int kMaxExperts = 256, kMaxTopK = 32;
 void moe_routing(const MoeRoutingArgs& args, Stream stream);
 
 // qkv [tokens, (heads + 2 kv_heads) * head_dim], row stride in elements -> out [tokens, heads, head_dim], and the
-// slots' rows of keys and values [slots, kv_heads, head_dim].
+// slots' rows of keys and values [num_slots, kv_heads, head_dim]. Nothing is written for a token whose position or slot
+// is outside its table.
 struct QkNormRopeStoreArgs {
   const bf16* qkv;
   int64_t qkv_stride;
-  int tokens, heads, kv_heads, head_dim;
+  int tokens, heads, kv_heads, head_dim, num_positions, num_slots;
   const int32_t *positions, *slots;
-  const float *cos, *sin;       // [positions, head_dim / 2]
+  const float *cos, *sin;       // [num_positions, head_dim / 2]
   const bf16 *q_norm, *k_norm;  // [head_dim] or null
   float eps;
   bf16 *keys, *values, *out;
@@ -59,7 +60,7 @@ struct PagedAttentionArgs {
   int heads, kv_heads, head_dim, block_size;
   const int32_t *block_tables, *query_starts, *context_lens;
   int sequences, table_width;
-  int tokens, longest_query, longest_context;  // known to the scheduler on the host: sizes of the grid
+  int tokens, longest_context;  // the latter at least the longest of context_lens: sizes of the grid
   float scale;
   float* partial;
   bf16* out;

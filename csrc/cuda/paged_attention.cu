@@ -5,8 +5,9 @@
 // and one split of kSplit keys. Its 4 warps take pieces of 16 keys in turn, each with its own running maximum, sum and
 // output, two stages of cp.async deep; at the end they merge through shared memory in the order of warps. With more
 // than one split the block writes its maximum, sum and unnormalised output, and a second launch merges the splits in
-// their order. Splits stand at fixed multiples of kSplit keys, whatever else is in the batch: a row's bits do not
-// depend on it.
+// their order. A tile has the splits that its keys need; the grid has those of the longest context that is possible,
+// and the rest of it ends at once. Splits stand at fixed multiples of kSplit keys, whatever else is in the batch: a
+// row's bits do not depend on it.
 //
 // P goes into the second product as two bf16 parts. Fragments and swizzle: attention_tile.h.
 //
@@ -28,6 +29,9 @@ constexpr int kWarps = 4, kThreads = 32 * kWarps, kRows = 16, kPiece = 16, kSpli
 struct Tile {
   int sequence, first_row, rows_left;  // rows of the sequence from this tile on
   int context, queries, first_query;
+  int end;  // keys that any of its rows sees
+
+  __device__ int splits() const { return max(1, (end + kSplit - 1) / kSplit); }
 };
 
 // Block index y -> the tile of 16 rows, counted through the sequences; false past the last.
@@ -36,7 +40,9 @@ __device__ inline bool find_tile(const PagedAttentionArgs& a, int index, int gro
     const int first = a.query_starts[s], queries = a.query_starts[s + 1] - first;
     const int tiles = (queries * group + kRows - 1) / kRows;
     if (index < tiles) {
-      tile = {s, index * kRows, queries * group - index * kRows, a.context_lens[s], queries, first};
+      const int row = index * kRows, left = queries * group - row, context = a.context_lens[s];
+      const int last_query = (row + min(kRows, left) - 1) / group;
+      tile = {s, row, left, context, queries, first, context - queries + last_query + 1};
       return true;
     }
     index -= tiles;
@@ -103,8 +109,8 @@ __device__ inline void put_down(const Running<D>& run, float* to) {
     }
 #pragma unroll
     for (int n = 0; n < D / 8; n++)
-      *reinterpret_cast<float2*>(to + kHead + (g + 8 * h) * (D + kPad) + 8 * n + 2 * t) =
-          make_float2(run.out[n][2 * h], run.out[n][2 * h + 1]);
+      *reinterpret_cast<uint64_t*>(to + kHead + (g + 8 * h) * (D + kPad) + 8 * n + 2 * t) =
+          simt::two_floats(run.out[n][2 * h], run.out[n][2 * h + 1]);
   }
 }
 
@@ -139,7 +145,7 @@ __global__ void __launch_bounds__(kThreads) attend(const PagedAttentionArgs a, i
   const int group = a.heads / a.kv_heads, kv_head = blockIdx.z, split = blockIdx.x;
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2;
   Tile tile;
-  if (!find_tile(a, blockIdx.y, group, tile)) return;
+  if (!find_tile(a, blockIdx.y, group, tile) || split >= tile.splits()) return;
 
   int last_key[2];
 #pragma unroll
@@ -148,9 +154,7 @@ __global__ void __launch_bounds__(kThreads) attend(const PagedAttentionArgs a, i
     const int query = (tile.first_row + min(row, tile.rows_left - 1)) / group;
     last_key[h] = tile.context - tile.queries + query;
   }
-  const int last_query = (tile.first_row + min(kRows, tile.rows_left) - 1) / group;
-  const int end_of_tile = tile.context - tile.queries + last_query + 1;  // keys that any row sees
-  const int first_key = split * kSplit, end_key = min(first_key + kSplit, end_of_tile);
+  const int first_key = split * kSplit, end_key = min(first_key + kSplit, tile.end);
 
   Running<D> run;
   begin<D>(run);
@@ -211,7 +215,7 @@ __global__ void __launch_bounds__(kThreads) merge_splits(const PagedAttentionArg
   const float* records = a.partial + (static_cast<int64_t>(blockIdx.x) * a.kv_heads + kv_head) * splits * record;
   const int rows = min(kRows, tile.rows_left);
   for (int i = threadIdx.x; i < rows * d; i += kThreads) {
-    const Merged m = merge(records, record, splits, i / d, i % d, d);
+    const Merged m = merge(records, record, tile.splits(), i / d, i % d, d);
     simt::put(place_of(a, tile, kv_head, group, i / d) + i % d, m.out / m.sum);
   }
 }

@@ -70,10 +70,12 @@ __global__ void __launch_bounds__(kThreads) store(const QkNormRopeStoreArgs a) {
   const int64_t item = static_cast<int64_t>(blockIdx.x) * kWarps + warp;
   if (item >= static_cast<int64_t>(a.tokens) * of_token) return;
   const int token = static_cast<int>(item / of_token), head = static_cast<int>(item % of_token);
+  const int position = a.positions[token], place = a.slots[token];
+  if (position < 0 || position >= a.num_positions || place < 0 || place >= a.num_slots) return;
   const bf16* x = a.qkv + token * a.qkv_stride + static_cast<int64_t>(head) * d;
-  const float* cos = a.cos + static_cast<int64_t>(a.positions[token]) * (d / 2);
-  const float* sin = a.sin + static_cast<int64_t>(a.positions[token]) * (d / 2);
-  const int64_t slot = static_cast<int64_t>(a.slots[token]) * a.kv_heads;
+  const float* cos = a.cos + static_cast<int64_t>(position) * (d / 2);
+  const float* sin = a.sin + static_cast<int64_t>(position) * (d / 2);
+  const int64_t slot = static_cast<int64_t>(place) * a.kv_heads;
   if (head < a.heads) {
     norm_rope(x, a.q_norm, a.eps, cos, sin, d, a.out + (static_cast<int64_t>(token) * a.heads + head) * d);
   } else if (head < a.heads + a.kv_heads) {

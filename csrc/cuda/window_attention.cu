@@ -4,8 +4,8 @@
 // (64 keys, two stages of cp.async). A position outside the grid reads the padding's row instead, so nothing is
 // gathered before. The terms q . rel_h[i_q - i_k + w - 1] and q . rel_w[...] are two small products of the same queries
 // with the tables, done first through the same buffers: the tables come as a sum of two bf16 (2^-17 of float32), and
-// what a query can meet is kept in shared memory as [64][2 w] float32, from where each score adds its two terms. No
-// bias of w^4 values is ever formed. The softmax stays in registers.
+// what a query can meet is kept in shared memory as 64 rows of 2 w float32, from where each score adds its two terms.
+// No bias of w^4 values is ever formed. The softmax stays in registers.
 //
 // Bytes: q, k, v once from HBM (a window's keys are read by its tiles from L2), the result once: 8 C a position. FLOPs:
 // 4 w^2 C a position, and 4 (2 w - 1) C for the terms, twice. 64 x 64 global, 12 heads of 64: 51.5 GFLOP and 25 MB;
@@ -66,10 +66,18 @@ struct WindowRows {
   }
 };
 
-// terms[row][c] for the warp's rows: c < size is the term of key row c, size + c that of key column c.
+// A row's terms in shared memory: c < size is the term of key row c, size + c that of key column c. Rows lie 8 banks
+// apart and those of the upper half of a group of 8 one further, so that a warp that reads keys 2 t of rows g meets no
+// bank twice. It writes the columns' terms shifted by its queries' own columns, two lanes to a bank here and there: no
+// place serves both.
+SIMT_BOTH constexpr int row_stride(int size) { return (2 * size + 1 + 23) / 32 * 32 + 8; }
+__device__ inline float* terms_of(float* terms, int row, int size) {
+  return terms + row * row_stride(size) + ((row >> 2) & 1);
+}
+
 template <int D>
 __device__ inline void relative_terms(const WindowAttentionArgs& a, const uint32_t (&q)[D / 16][4], int first_query,
-                                      unsigned char* stage, float* terms, int stride) {
+                                      unsigned char* stage, float* terms) {
   const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3, warp = threadIdx.x >> 5;
   const int rows = 2 * a.size - 1;
   for (int axis = 0; axis < 2; axis++) {
@@ -91,7 +99,7 @@ __device__ inline void relative_terms(const WindowAttentionArgs& a, const uint32
             const int row = warp * 16 + g + 8 * (e >> 1), query = first_query + row;
             const int at = axis ? query % a.size : query / a.size;
             const int key = at - (first + piece + 8 * n + 2 * t + (e & 1)) + a.size - 1;
-            if (key >= 0 && key < a.size) terms[row * stride + axis * a.size + key] = s[n][e];
+            if (key >= 0 && key < a.size) terms_of(terms, row, a.size)[axis * a.size + key] = s[n][e];
           }
       }
       __syncthreads();  // before the next rows overwrite these
@@ -111,7 +119,6 @@ __global__ void __launch_bounds__(kThreads, 2) attend(const WindowAttentionArgs 
 
   unsigned char* stages = simt::shared_memory();
   float* terms = reinterpret_cast<float*>(stages + 2 * kStageBytes);
-  const int stride = 2 * a.size + 1;
 
   uint32_t q[D / 16][4];
   load_queries<D>(
@@ -119,7 +126,7 @@ __global__ void __launch_bounds__(kThreads, 2) attend(const WindowAttentionArgs 
         return my_first + row < positions ? value_at(a, w, my_first + row, 0, head) : nullptr;
       },
       q);
-  relative_terms<D>(a, q, first_query, stages, terms, stride);
+  relative_terms<D>(a, q, first_query, stages, terms);
 
   const auto load = [&](int first_key, int stage) {
     unsigned char* to = stages + stage * kStageBytes;
@@ -147,7 +154,7 @@ __global__ void __launch_bounds__(kThreads, 2) attend(const WindowAttentionArgs 
 #pragma unroll
         for (int e = 0; e < 4; e++) {
           const int key = first + piece + 8 * n + 2 * t + (e & 1);
-          const float* term = terms + (warp * 16 + g + 8 * (e >> 1)) * stride;
+          const float* term = terms_of(terms, warp * 16 + g + 8 * (e >> 1), a.size);
           const bool seen = key < positions;
           s[n][e] = seen ? s[n][e] * a.scale + term[key / a.size] + term[a.size + key % a.size] : -INFINITY;
         }
@@ -175,7 +182,7 @@ __global__ void __launch_bounds__(kThreads, 2) attend(const WindowAttentionArgs 
 
 template <int D>
 void run(const WindowAttentionArgs& a, Stream stream) {
-  const size_t shared = size_t{4} * kStage * D * 2 + sizeof(float) * kRows * (2 * a.size + 1);
+  const size_t shared = size_t{4} * kStage * D * 2 + sizeof(float) * kRows * row_stride(a.size);
   const dim3 grid(static_cast<unsigned>(ceil_div(static_cast<int64_t>(a.size) * a.size, kRows)),
                   static_cast<unsigned>(a.heads), static_cast<unsigned>(a.views * a.across * a.across));
   simt::launch(attend<D>, grid, dim3(kThreads), shared, stream, a);

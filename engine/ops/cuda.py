@@ -1,103 +1,30 @@
 """Adapter of the CUDA C++ kernels: check, call, nothing else. The same class drives two builds of one source.
 
-`pagelens._cuda` (nvcc) runs on a card. `pagelens._cuda_sim` (g++ and csrc/simt) runs the kernels on a CPU for the
-tests, as backend `cuda-sim`; it is thousands of times slower than a card. Ops without a CUDA kernel, and cases that
-`supports` refuses, run on the reference.
+`pagelens._cuda` (nvcc) runs on a card, beside the Triton kernels, which have the other ops. `pagelens._cuda_sim` (g++
+and csrc/simt) runs the kernels on a CPU for the tests, beside the reference, as backend `cuda-sim`: thousands of times
+slower than a card. Which ops run here is chosen in cuda_choice.py.
+
+As with Triton, nothing is read back from the device: a token whose position or slot is outside its table is left out.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from ..errors import ShapeError
-from ..quantization import QuantizedWeight, Weight
 from . import OpCase, RopeTable, Routing
-from .reference import PackedMoe, PackedSwiglu, ReferenceOps, finish, refuse, swiglu_float32
-from .reference_vision import PackedConvDownsample
+from .cuda_packing import Expert, PackedExperts, aligned, pack_experts
+from .cuda_vision import VISION_HEAD_DIMS, CudaVision
+from .reference import finish, refuse
 
 HEAD_DIMS = (16, 32, 64, 96, 128)
-VISION_HEAD_DIMS = (16, 32, 64, 80)
-MAX_WINDOW = 128
-CONV_ORDER = (  # of the weights in kernels.h
-    "conv1",
-    "norm1_weight",
-    "norm1_bias",
-    "conv2",
-    "norm2_weight",
-    "norm2_bias",
-    "down1",
-    "down2",
-)
+MAX_ROPE_DIM = 256
 MAX_EXPERTS, MAX_TOP_K = 256, 32  # kernels.h
-GROUPS = {"int8": 64, "int4": 32}  # inputs that share a scale in the kernels: gemm_tile.h
-DEPTH = 64  # rows of quantised weights are filled up to a multiple of it
-
-
-@dataclass(frozen=True, slots=True)
-class PackedExperts(PackedMoe):
-    """A mixture of experts as grouped_gemm wants it; `experts` stays empty, the weights are here.
-
-    kind            "bfloat16", "int8" or "int4"
-    gate_up, down   [E, 2I, C] with rows gate 0, up 0, gate 1, up 1, ..., and [E, C, I]; bfloat16, or bytes of pack_rows
-    gate_up_scales, down_scales  [E, rows, groups] float32, or None
-    """
-
-    kind: str
-    inner: int
-    gate_up: Tensor
-    down: Tensor
-    gate_up_scales: Tensor | None
-    down_scales: Tensor | None
-
-
-def pack_rows(weight: QuantizedWeight) -> tuple[Tensor, Tensor]:
-    """Bytes [N, B] in the order in which the lanes of mma want them, and float32 scales [N, groups].
-
-    Of 16 inputs, lane t of a quad takes 2t, 2t+1, 2t+8, 2t+9: these stand together. int8: 64 bytes hold 64 inputs.
-    int4: a byte holds value + 8 of the same place of two such steps of 16, the first in its low half: 32 bytes hold 64
-    inputs.
-    """
-    n, k = weight.shape
-    padded = -(-k // DEPTH) * DEPTH
-    values = functional.pad(weight.values.to(torch.int8), (0, padded - k)).view(n, padded // 16, 2, 4, 2)
-    values = values.transpose(2, 3).reshape(n, padded // 16, 16)  # [t][half][pair]
-    if weight.kind == "int4":
-        steps = (values + 8).to(torch.uint8).view(n, padded // 32, 2, 16)
-        values = steps[:, :, 0] | steps[:, :, 1] << 4
-    size = GROUPS[weight.kind]
-    columns = torch.arange(0, padded, size).clamp(max=max(k - 1, 0)) // weight.group_size
-    return values.reshape(n, -1).view(torch.uint8).contiguous(), weight.scales.float()[:, columns].contiguous()
-
-
-def two_parts(table: Tensor) -> tuple[Tensor, Tensor]:
-    """float32 as the sum of two bfloat16, to 2^-17 of a value: how a table enters a product of the tensor cores."""
-    high = table.bfloat16().contiguous()
-    return high, (table.float() - high.float()).bfloat16().contiguous()
-
-
-def taps_first(kernel: Tensor) -> Tensor:
-    """[F, C, h, w] -> [F, h * w * C]: how an implicit GEMM walks over a kernel."""
-    return kernel.permute(0, 2, 3, 1).flatten(1).contiguous()
-
-
-def refusal(weight: Weight) -> str | None:
-    """Why grouped_gemm does not take this weight, or None."""
-    if not isinstance(weight, QuantizedWeight):
-        return None if weight.dtype == torch.bfloat16 else "weights must be bfloat16, int8 or int4"
-    if weight.kind not in GROUPS or weight.zeros is not None or weight.input_order is not None:
-        return "quantised weights must be int8 or int4 without zeros and act-order"
-    if weight.activation is not None or weight.dtype != torch.bfloat16:
-        return "activations must stay bfloat16"
-    if weight.scales.shape[1] > 1 and weight.group_size % GROUPS[weight.kind]:
-        return f"groups of {weight.group_size} inputs; they must be multiples of {GROUPS[weight.kind]}"
-    return None
 
 
 def refuse_int8_cache(op: str, *scales: Tensor | None) -> None:
@@ -106,8 +33,13 @@ def refuse_int8_cache(op: str, *scales: Tensor | None) -> None:
         raise ShapeError(f"{op}: the CUDA kernels have no int8 KV-cache; use kv_cache_dtype='auto'")
 
 
-class CudaOps(ReferenceOps):
-    """The ops that have a CUDA kernel; see ops/__init__.py for formulas and shapes."""
+class CudaOps(CudaVision):
+    """The ops that have a CUDA kernel; see ops/__init__.py for formulas and shapes.
+
+    kernels  pagelens._cuda or pagelens._cuda_sim
+    base     the backend of the other ops, on the same device; its caches have this one's layout. It packs and runs
+             what a mixture of experts has besides its experts, and mixtures whose weights the kernels do not take
+    """
 
     IMPLEMENTED = frozenset(
         {
@@ -121,15 +53,17 @@ class CudaOps(ReferenceOps):
         }
     )
 
-    def __init__(self, kernels: ModuleType, name: str) -> None:
-        """kernels: pagelens._cuda or pagelens._cuda_sim."""
+    def __init__(self, kernels: ModuleType, name: str, base: Any, device: torch.device) -> None:
         self.kernels = kernels
         self.name = name
+        self.base = base
+        self.device = device
+
+    def close(self) -> None:
+        """Nothing to release: torch owns the device's memory."""
 
     def supports(self, case: OpCase) -> str | None:
-        """None, or the sentence that says why a case runs on the reference."""
-        if case.op not in self.IMPLEMENTED:
-            return None
+        """None if this case can run, else one sentence that says why not."""
         sizes = dict(case.sizes)
         if case.op != "moe_routing" and case.dtype != torch.bfloat16:
             return f"the CUDA kernels take bfloat16, not {str(case.dtype).removeprefix('torch.')}"
@@ -137,18 +71,15 @@ class CudaOps(ReferenceOps):
             return f"head_dim {sizes['head_dim']} is not one of {', '.join(map(str, HEAD_DIMS))}"
         if case.op == "window_attention" and sizes.get("head_dim", 64) not in VISION_HEAD_DIMS:
             return f"head_dim {sizes['head_dim']} is not one of {', '.join(map(str, VISION_HEAD_DIMS))}"
-        if case.op == "qk_norm_rope_store" and (sizes.get("head_dim", 128) % 4 or sizes.get("head_dim", 128) > 256):
-            return f"head_dim {sizes['head_dim']} is not a multiple of 4 up to 256"
+        head_dim = sizes.get("head_dim", 128)
+        if case.op == "qk_norm_rope_store" and (head_dim % 4 or head_dim > MAX_ROPE_DIM):
+            return f"head_dim {head_dim} is not a multiple of 4 up to {MAX_ROPE_DIM}"
         if sizes.get("num_experts", 1) > MAX_EXPERTS or sizes.get("top_k", 1) > MAX_TOP_K:
             return f"it takes up to {MAX_EXPERTS} experts and top_k up to {MAX_TOP_K}"
         for name in ("width", "intermediate", "neck"):
             if sizes.get(name, 8) % 8:
                 return f"{name} {sizes[name]} is not a multiple of 8"
         return None
-
-    @staticmethod
-    def _stream() -> int:
-        return torch.cuda.current_stream().cuda_stream if torch.cuda.is_available() else 0
 
     # ---- attention -------------------------------------------------------------------------------------------------
     def qk_norm_rope_store(
@@ -167,26 +98,34 @@ class CudaOps(ReferenceOps):
         key_scales: Tensor | None = None,
         value_scales: Tensor | None = None,
     ) -> Tensor:
-        refuse_int8_cache("qk_norm_rope_store", key_scales, value_scales)
+        op, tokens = "qk_norm_rope_store", qkv.shape[0]
+        refuse_int8_cache(op, key_scales, value_scales)
         num_blocks, block_size, num_kv_heads, head_dim = keys.shape
         width = (num_heads + 2 * num_kv_heads) * head_dim
-        if qkv.ndim != 2 or qkv.shape[1] != width or values.shape != keys.shape or qkv.dtype != torch.bfloat16:
-            refuse("qk_norm_rope_store", f"qkv must be [N, {width}] bfloat16, caches alike", qkv, keys, values)
-        if keys.dtype != qkv.dtype or not (keys.is_contiguous() and values.is_contiguous()):
-            refuse("qk_norm_rope_store", "the caches must be contiguous, in qkv's dtype", keys, values)
-        if not qkv.is_cuda:  # on a card this would wait for it; the scheduler made both
-            self._check_indices("positions", positions, qkv.shape[0], rope.cos.shape[0])
-            self._check_indices("slots", slots, qkv.shape[0], num_blocks * block_size)
+        if qkv.ndim != 2 or qkv.shape[1] != width or qkv.dtype != torch.bfloat16 or qkv.stride(1) != 1:
+            refuse(op, f"qkv must be [N, {width}] bfloat16 with contiguous rows", qkv)
+        for name, cache in (("keys", keys), ("values", values)):
+            self._dense(op, name, cache, tuple(keys.shape), torch.bfloat16)
+        for name, index in (("positions", positions), ("slots", slots)):
+            self._dense(op, name, index, (tokens,), torch.int32)
+        for table in (rope.cos, rope.sin):
+            self._dense(op, "rope tables", table, (rope.cos.shape[0], head_dim // 2), torch.float32)
+        for norm in (q_norm, k_norm):
+            if norm is not None:
+                self._dense(op, "norms", norm, (head_dim,), torch.bfloat16)
         if out is None:
-            out = torch.empty(qkv.shape[0], num_heads, head_dim, dtype=qkv.dtype, device=qkv.device)
-        if qkv.shape[0]:
+            out = torch.empty(tokens, num_heads, head_dim, dtype=qkv.dtype, device=qkv.device)
+        self._dense(op, "out", out, (tokens, num_heads, head_dim), torch.bfloat16)
+        if tokens:
             self.kernels.qk_norm_rope_store(
                 qkv.data_ptr(),
                 qkv.stride(0),
-                qkv.shape[0],
+                tokens,
                 num_heads,
                 num_kv_heads,
                 head_dim,
+                rope.cos.shape[0],
+                num_blocks * block_size,
                 positions.data_ptr(),
                 slots.data_ptr(),
                 rope.cos.data_ptr(),
@@ -214,16 +153,24 @@ class CudaOps(ReferenceOps):
         key_scales: Tensor | None = None,
         value_scales: Tensor | None = None,
     ) -> Tensor:
-        refuse_int8_cache("paged_attention", key_scales, value_scales)
-        num_kv_heads, head_dim = keys.shape[2:]
-        if q.ndim != 3 or q.shape[2] != head_dim or q.shape[1] % num_kv_heads or q.dtype != torch.bfloat16:
-            refuse("paged_attention", "q must be [N, H, D] bfloat16 with H a multiple of K", q, keys)
+        op, sequences = "paged_attention", context_lens.shape[0]
+        refuse_int8_cache(op, key_scales, value_scales)
+        block_size, num_kv_heads, head_dim = keys.shape[1:]
+        if q.ndim != 3 or q.shape[2] != head_dim or not num_kv_heads or q.shape[1] % num_kv_heads:
+            refuse(op, "q must be [N, H, D] with the cache's D and H a multiple of its K", q, keys)
+        self._dense(op, "q", q, tuple(q.shape), torch.bfloat16)
+        for name, cache in (("keys", keys), ("values", values)):
+            self._dense(op, name, cache, tuple(keys.shape), torch.bfloat16)
+            if cache.data_ptr() % 16:
+                refuse(op, f"{name} must start at a multiple of 16 bytes", cache)
+        self._dense(op, "query_starts", query_starts, (sequences + 1,), torch.int32)
+        self._dense(op, "context_lens", context_lens, (sequences,), torch.int32)
+        self._dense(op, "block_tables", block_tables, (sequences, block_tables.shape[-1]), torch.int32)
         if out is None:
             out = torch.empty_like(q)
+        self._dense(op, "out", out, tuple(q.shape), torch.bfloat16)
         if not q.shape[0]:
             return out
-        # The scheduler knows these without asking the card; here they are read from tensors that lie on the CPU.
-        longest = int((query_starts[1:] - query_starts[:-1]).max()), int(context_lens.max())
         args = self.kernels.PagedAttentionArgs(
             q=q.data_ptr(),
             keys=keys.data_ptr(),
@@ -231,15 +178,14 @@ class CudaOps(ReferenceOps):
             heads=q.shape[1],
             kv_heads=num_kv_heads,
             head_dim=head_dim,
-            block_size=keys.shape[1],
+            block_size=block_size,
             block_tables=block_tables.data_ptr(),
             query_starts=query_starts.data_ptr(),
             context_lens=context_lens.data_ptr(),
-            sequences=context_lens.shape[0],
+            sequences=sequences,
             table_width=block_tables.shape[1],
             tokens=q.shape[0],
-            longest_query=longest[0],
-            longest_context=longest[1],
+            longest_context=block_tables.shape[1] * block_size,  # a bound that is known without asking the device
             scale=scale,
             out=out.data_ptr(),
         )
@@ -247,111 +193,18 @@ class CudaOps(ReferenceOps):
         self.kernels.paged_attention(args, scratch.data_ptr(), self._stream())
         return out
 
-    def window_attention(
-        self,
-        qkv: Tensor,
-        pad_qkv: Tensor,
-        rel_h: Tensor,
-        rel_w: Tensor,
-        num_heads: int,
-        window: int,
-        out: Tensor | None = None,
-    ) -> Tensor:
-        views, grid, _, width = qkv.shape
-        size, head_dim = window or grid, width // (3 * num_heads)
-        if rel_h.shape != (2 * size - 1, head_dim) or rel_w.shape != rel_h.shape or qkv.dtype != torch.bfloat16:
-            refuse("window_attention", f"tables must be [{2 * size - 1}, {head_dim}], qkv bfloat16", qkv, rel_h, rel_w)
-        if head_dim not in VISION_HEAD_DIMS or size > MAX_WINDOW:
-            refuse("window_attention", f"head_dim must be one of {VISION_HEAD_DIMS}, windows up to {MAX_WINDOW}", qkv)
-        qkv, pad_qkv = qkv.contiguous(), pad_qkv.to(qkv.dtype).contiguous()
-        tables = [part for table in (rel_h, rel_w) for part in two_parts(table)]
-        shape = (views, grid, grid, width // 3)
-        if out is None:
-            out = torch.empty(shape, dtype=qkv.dtype, device=qkv.device)
-        elif out.shape != shape or out.dtype != qkv.dtype or not out.is_contiguous():
-            refuse("window_attention", f"out must be contiguous {list(shape)} in qkv's dtype", out)
-        self.kernels.window_attention(
-            qkv.data_ptr(),
-            pad_qkv.data_ptr(),
-            *(table.data_ptr() for table in tables),
-            views=views,
-            grid=grid,
-            size=size,
-            across=-(-grid // size),
-            heads=num_heads,
-            head_dim=head_dim,
-            scale=head_dim**-0.5,
-            out=out.data_ptr(),
-            stream=self._stream(),
-        )
-        return out
-
-    def pack_conv_downsample(self, weights: dict[str, Tensor]) -> PackedConvDownsample:
-        """The 3x3 kernels [F, C, 3, 3] become [F, 9 * C], the channels of a tap together; the rest stays."""
-        flat = {name: taps_first(w) if w.ndim == 4 else w.contiguous() for name, w in weights.items()}
-        return PackedConvDownsample(**flat)
-
-    def conv_downsample(self, x: Tensor, neck: PackedConvDownsample, eps: float) -> Tensor:
-        parts = [getattr(neck, name) for name in CONV_ORDER]
-        views, side, _, width = x.shape
-        channels, down1, down2 = (w.shape[0] for w in (neck.conv1, neck.down1, neck.down2))
-        if width != neck.conv1.shape[1] or x.dtype != torch.bfloat16 or any(w.dtype != x.dtype for w in parts):
-            refuse("conv_downsample", f"x must be [B, G, G, {neck.conv1.shape[1]}] bfloat16, weights alike", x)
-        if any(size % 8 for size in (width, channels, down1)):
-            refuse("conv_downsample", "channels must be multiples of 8", x, neck.conv2)
-        half, quarter = (side + 1) // 2, ((side + 1) // 2 + 1) // 2
-        x = x.contiguous()
-        sums = torch.empty(views, side, side, channels, device=x.device)
-        made = [(side, channels), (half, down1), (quarter, down2)]
-        maps = [torch.empty(views, s, s, c, dtype=x.dtype, device=x.device) for s, c in made]
-        self.kernels.conv_downsample(
-            x.data_ptr(),
-            views,
-            side,
-            width,
-            channels,
-            down1,
-            down2,
-            [w.data_ptr() for w in parts],
-            eps,
-            sums.data_ptr(),
-            *(m.data_ptr() for m in maps),
-            self._stream(),
-        )
-        return maps[-1]
-
     # ---- mixture of experts ----------------------------------------------------------------------------------------
-    def pack_moe(
-        self, router: Tensor, experts: Iterable[tuple[Weight, Weight, Weight]], shared: PackedSwiglu | None
-    ) -> PackedMoe:
-        moe = super().pack_moe(router, experts, shared)
-        parts = [part for e in moe.experts for part in (e.gate, e.up, e.down)]
-        kinds = {part.kind if isinstance(part, QuantizedWeight) else str(part.dtype) for part in parts}
-        if len(kinds) != 1 or any(refusal(part) for part in parts) or any(size % 8 for size in parts[0].shape):
-            return moe
-        inner = moe.experts[0].gate.shape[0]
-        rows = [[self._rows(part) for part in (e.gate, e.up, e.down)] for e in moe.experts]
-        gate_up, gate_up_scales = (
-            torch.stack([torch.stack([gate[i], up[i]], 1).flatten(0, 1) for gate, up, _ in rows]) for i in (0, 1)
-        )
-        down, down_scales = (torch.stack([expert[2][i] for expert in rows]) for i in (0, 1))
-        kind = kinds.pop()
-        if kind not in GROUPS:
-            return PackedExperts(router, (), shared, "bfloat16", inner, gate_up, down, None, None)
-        return PackedExperts(router, (), shared, kind, inner, gate_up, down, gate_up_scales, down_scales)
-
-    @staticmethod
-    def _rows(weight: Weight) -> tuple[Tensor, Tensor]:
-        """The rows as the kernel reads them, and their scales (none for bfloat16)."""
-        return pack_rows(weight) if isinstance(weight, QuantizedWeight) else (weight, torch.empty(weight.shape[0], 0))
+    def pack_moe(self, router: Tensor, experts: Iterable[Expert], shared: Any | None) -> Any:
+        return pack_experts(router, experts, shared, self.base, self.device)
 
     def moe_routing(self, logits: Tensor, top_k: int, renormalize: bool, scale: float) -> Routing:
-        if logits.ndim != 2 or logits.dtype != torch.float32 or not 1 <= top_k <= logits.shape[1]:
-            refuse("moe_routing", f"logits must be [N, E] float32 with 1 <= top_k={top_k} <= E", logits)
+        op = "moe_routing"
+        if logits.ndim != 2 or not 1 <= top_k <= logits.shape[1]:
+            refuse(op, f"logits must be [N, E] with 1 <= top_k={top_k} <= E", logits)
         tokens, experts = logits.shape
         if experts > MAX_EXPERTS or top_k > MAX_TOP_K:
-            refuse("moe_routing", f"at most {MAX_EXPERTS} experts and top_k {MAX_TOP_K}, got top_k={top_k}", logits)
-        logits = logits.contiguous()
+            refuse(op, f"at most {MAX_EXPERTS} experts and top_k {MAX_TOP_K}, got top_k={top_k}", logits)
+        self._dense(op, "logits", logits, (tokens, experts), torch.float32)
         ids, permutation = (
             torch.empty(shape, dtype=torch.int32, device=logits.device)
             for shape in ((tokens, top_k), (tokens * top_k,))
@@ -373,22 +226,28 @@ class CudaOps(ReferenceOps):
         )
         return Routing(ids, weights, offsets, permutation)
 
-    def grouped_gemm(self, x: Tensor, moe: PackedMoe, routing: Routing) -> Tensor:
+    def grouped_gemm(self, x: Tensor, moe: Any, routing: Routing) -> Tensor:
         if not isinstance(moe, PackedExperts):
-            return super().grouped_gemm(x, moe, routing)
-        width, experts = moe.router.shape[1], moe.router.shape[0]
-        if x.ndim != 2 or x.shape[1] != width or x.dtype != torch.bfloat16:
-            refuse("grouped_gemm", f"x must be [N, {width}] bfloat16", x)
-        x, (tokens, top_k) = x.contiguous(), routing.expert_ids.shape
+            result: Tensor = self.base.grouped_gemm(x, moe, routing)
+            return result
+        op, (tokens, top_k) = "grouped_gemm", routing.weights.shape
+        self._dense(op, "x", x, (tokens, moe.width), torch.bfloat16)
+        for name, index, size in (
+            ("offsets", routing.offsets, moe.num_experts + 1),
+            ("permutation", routing.permutation, tokens * top_k),
+        ):
+            self._dense(op, name, index, (size,), torch.int32)
+        self._dense(op, "weights", routing.weights, (tokens, top_k), torch.float32)
+        x = aligned(x)
         hidden = torch.empty(tokens * top_k, moe.inner, dtype=torch.bfloat16, device=x.device)
-        parts = torch.empty(tokens * top_k, width, device=x.device)
-        y = torch.empty(tokens, width, device=x.device)
+        parts = torch.empty(tokens * top_k, moe.width, device=x.device)
+        y = torch.empty(tokens, moe.width, device=x.device)
         self.kernels.grouped_gemm(
             x.data_ptr(),
             tokens,
-            width,
+            moe.width,
             moe.inner,
-            experts,
+            moe.num_experts,
             top_k,
             moe.kind,
             moe.gate_up.data_ptr(),
@@ -408,17 +267,22 @@ class CudaOps(ReferenceOps):
     def moe_ffn(
         self,
         x: Tensor,
-        moe: PackedMoe,
+        moe: Any,
         top_k: int,
         renormalize: bool,
         scale: float,
         residual: Tensor | None = None,
         out: Tensor | None = None,
     ) -> Tensor:
-        logits = x.float() @ moe.router.float().T
-        result: Any = self.grouped_gemm(x, moe, self.moe_routing(logits, top_k, renormalize, scale))
+        result: Any
+        if not isinstance(moe, PackedExperts):
+            result = self.base.moe_ffn(x, moe, top_k, renormalize, scale, residual, out)
+            return result  # type: ignore[no-any-return]
+        x = x.contiguous()
+        logits = self.base.linear(x.to(moe.router_dtype), moe.router, out_dtype=torch.float32)
+        result = self.grouped_gemm(x, moe, self.moe_routing(logits, top_k, renormalize, scale))
         if moe.shared is not None:
-            result += swiglu_float32(x, moe.shared)
+            result += self.base.swiglu_float32(x, moe.shared)
         if residual is not None:
             result += residual
         return finish(result, x.dtype, out)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,12 +12,15 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
 from helpers.simt_build import ROOT
 from ops.cases import SMALL, Case, Int8AttentionCase, Int8RopeCase, difference
 from ops.vision_cases import SMALL_VISION
 
+from pagelens.ops import OP_NAMES
 from pagelens.ops.cuda import CudaOps
 from pagelens.ops.reference import ReferenceOps
+from pagelens.ops.registry import OpsTable
 
 REFERENCE = ReferenceOps()
 NO_INT8_CACHE = (Int8AttentionCase, Int8RopeCase)  # which the kernels do not have
@@ -32,6 +36,32 @@ def load(path: Path) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def cuda_ops(kernels: ModuleType) -> CudaOps:
+    return CudaOps(kernels, "cuda-sim", REFERENCE, torch.device("cpu"))
+
+
+def table(kernels: ModuleType) -> OpsTable:
+    """Every op that has a CUDA kernel by it, the others by the reference."""
+    ops = cuda_ops(kernels)
+    backends: dict[str, Any] = {op: ops if op in ops.IMPLEMENTED else REFERENCE for op in OP_NAMES}
+    return OpsTable(backends, [], [])
+
+
+def conflicts(extension: Path, banks: dict[str, tuple[int, int]]) -> dict[str, int]:
+    """Places (file:line) with bank conflicts in shared memory -> cycles that they cost."""
+    found: dict[str, int] = {}
+    for place, (_, extra) in banks.items():
+        if not extra:
+            continue
+        address = re.fullmatch(r".*\+(0x[0-9a-f]+)", place)
+        if address:  # of a plain access only the code's address is known
+            command = ["addr2line", "-e", str(extension), address[1]]
+            place = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
+        name = place.rpartition("/")[2]
+        found[name] = found.get(name, 0) + extra
+    return found
 
 
 def shared_cases(ops: CudaOps) -> Iterator[Case]:

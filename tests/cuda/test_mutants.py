@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
-from cuda.kernel_cases import compare, load, run_tests_with
-from helpers.simt_build import build_extension
+from cuda.kernel_cases import compare, load, run_tests_with, table
+from helpers.simt_build import ROOT, build_extension
 from ops.cases import AttentionCase, Case, MoeCase, Paged, RopeCase
-from ops.vision_cases import WindowAttentionCase
-
-from pagelens.ops.cuda import CudaOps
+from ops.vision_cases import ConvDownsampleCase, WindowAttentionCase
 
 BF16 = torch.bfloat16
 ATTENTION = AttentionCase(batch=Paged(((1, 600), (3, 90))), heads=4, kv_heads=2, head_dim=64, dtype=BF16)
 MOE = MoeCase(rows=40, width=192, inner=96, shared=0, dtype=BF16)
+CONV = ConvDownsampleCase(batch=1, grid=6, dtype=BF16)
 WINDOWS = WindowAttentionCase(grid=20, window=14, heads=1, head_dim=64, dtype=BF16)
 ROPE = RopeCase(batch=Paged(((3, 19), (1, 20))), heads=4, kv_heads=2, head_dim=64, norm=True, dtype=BF16)
 
@@ -33,6 +31,15 @@ class Mutant:
 
 
 MUTANTS = (
+    Mutant(
+        "a barrier removed before the tile is read",
+        "conv_downsample.cu",
+        "    __syncthreads();\n    multiply<",
+        "    multiply<",
+        CONV,
+        "race",
+    ),
+    Mutant("a missing border", "conv_downsample.cu", "&& yy >= 0 && yy", "&& yy", CONV, "wrong"),
     Mutant(
         "a barrier removed between the stages",
         "window_attention.cu",
@@ -119,11 +126,16 @@ MUTANTS = (
 )
 
 
+def test_every_kernel_has_a_mutant() -> None:
+    files = {path.name for path in (ROOT / "csrc/cuda").glob("*.cu") if "simt::launch" in path.read_text()}
+    assert {mutant.file for mutant in MUTANTS} == files
+
+
 def what_finds(kernels: ModuleType, case: Case) -> set[str]:
     kernels.set_options("forward", 7, True)
     found: set[str] = set()
     try:
-        if compare(case, CudaOps(kernels, "cuda-sim")):
+        if compare(case, table(kernels)):
             found.add("wrong")
     except RuntimeError:
         found.add("stop")
@@ -135,20 +147,20 @@ def what_finds(kernels: ModuleType, case: Case) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("case", [ATTENTION, MOE, ROPE, WINDOWS], ids=lambda case: case.op)
-def test_the_kernels_as_they_are(folder: Path, case: Case) -> None:
-    assert what_finds(load(build_extension("race", folder)), case) == set()
+@pytest.mark.parametrize("case", [ATTENTION, CONV, MOE, ROPE, WINDOWS], ids=lambda case: case.op)
+def test_the_kernels_as_they_are(case: Case) -> None:
+    assert what_finds(load(build_extension("race")), case) == set()
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda m: m.name.replace(" ", "-"))
-def test_found(folder: Path, mutant: Mutant) -> None:
-    extension = build_extension("race", folder, {mutant.file: (mutant.old, mutant.new)})
+def test_found(mutant: Mutant) -> None:
+    extension = build_extension("race", {mutant.file: (mutant.old, mutant.new)})
     assert mutant.found_by in what_finds(load(extension), mutant.case)
 
 
-def test_a_dropped_row_predicate_is_found_by_asan(folder: Path) -> None:
+def test_a_dropped_row_predicate_is_found_by_asan() -> None:
     mutant = {"grouped_gemm.cu": ("if (r >= work.rows || c >= a.width) return;", "if (c >= a.width) return;")}
-    extension = build_extension("asan", folder, mutant)
+    extension = build_extension("asan", mutant)
     result = run_tests_with(extension, "tests/cuda/test_cuda_sim.py::test_grouped_gemm[forward-3-136-72-bfloat16]")
     assert result.returncode != 0
     assert "heap-buffer-overflow" in result.stdout + result.stderr
