@@ -10,6 +10,7 @@ import hashlib
 import os
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -89,10 +90,53 @@ def instruction_sets() -> dict[str, list[str]]:
     return sets
 
 
+# sm_100 and sm_120 need CUDA 12.8 or newer. The PTX serves cards that come later.
+CUDA_TARGETS = ("80", "86", "89", "90", "100", "120")
+NVCC_FLAGS = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+
+
+def cuda_wanted() -> bool:
+    """PAGELENS_CUDA=1 adds pagelens._cuda; it needs nvcc on the PATH (or NVCC), and no GPU."""
+    return os.environ.get("PAGELENS_CUDA", "0") not in ("", "0")
+
+
+def nvcc() -> str:
+    found = os.environ.get("NVCC") or shutil.which("nvcc")
+    if not found:
+        raise SystemExit("setup.py: PAGELENS_CUDA=1 needs nvcc (CUDA 12.8 or newer) on the PATH, or NVCC=/path/to/nvcc")
+    return found
+
+
 class BuildNative(build_ext):
     """Compiles in parallel, and only what changed: an object is kept if its command and all files it read are older."""
 
     def build_extension(self, ext: Extension) -> None:
+        if ext.name == "pagelens._cuda":
+            self.build_cuda(ext)
+        else:
+            self.build_cpu(ext)
+
+    def build_cuda(self, ext: Extension) -> None:
+        """Kernels by nvcc, bindings by the C++ compiler (nvcc would read pybind11 once a target), cudart static."""
+        import pybind11
+
+        include = ["-I", pybind11.get_include(), "-I", sysconfig.get_paths()["include"]]
+        defines = ["-DPAGELENS_CUDA", "-DPAGELENS_MODULE=_cuda"]
+        folder = OBJECTS / "cuda"
+        jobs = [self.job(CSRC / "cuda/bindings.cpp", folder, [*CXX_FLAGS, "-I", str(CSRC), *include, *defines])]
+        targets = [f"-gencode=arch=compute_{t},code=sm_{t}" for t in CUDA_TARGETS]
+        targets.append(f"-gencode=arch=compute_{CUDA_TARGETS[-1]},code=compute_{CUDA_TARGETS[-1]}")
+        for source in sorted((CSRC / "cuda").glob("*.cu")):
+            obj = folder / f"{source.stem}.cu.o"
+            depend = ["-MMD", "-MF", str(obj.with_suffix(".d"))]
+            jobs.append(
+                ([nvcc(), *NVCC_FLAGS, "-I", str(CSRC), *targets, *depend, "-c", str(source), "-o", str(obj)], obj)
+            )
+        self.compile_all(jobs)
+        target = self.target(ext)
+        self.run_link([nvcc(), "-shared", "-cudart", "static", *(str(obj) for _, obj in jobs), "-o", str(target)])
+
+    def build_cpu(self, ext: Extension) -> None:
         import pybind11
 
         sets = instruction_sets()
@@ -106,10 +150,13 @@ class BuildNative(build_ext):
             for source in sorted((CSRC / "cpu").glob("*.cpp")):
                 own = [*CXX_FLAGS, "-I", str(CSRC), f"-DPAGELENS_ISA={name}", f"-DPAGELENS_ISA_{name.upper()}", *flags]
                 jobs.append(self.job(source, OBJECTS / name, own))
+        self.compile_all(jobs)
+        self.link(ext, [str(obj) for _, obj in jobs])
+
+    def compile_all(self, jobs: list[tuple[list[str], Path]]) -> None:
         with ThreadPoolExecutor(self.parallel or os.cpu_count() or 1) as pool:
             for _ in pool.map(lambda job: self.compile(*job), jobs):
                 pass
-        self.link(ext, [str(obj) for _, obj in jobs])
 
     @staticmethod
     def job(source: Path, folder: Path, flags: list[str]) -> tuple[list[str], Path]:
@@ -142,10 +189,16 @@ class BuildNative(build_ext):
     def link(self, ext: Extension, objects: list[str]) -> None:
         """Objects for every CPU come first: of an inline function that several objects hold, linkers keep the first,
         and that one must run on the oldest CPU."""
-        target = Path(self.get_ext_fullpath(ext.name))
-        target.parent.mkdir(parents=True, exist_ok=True)
         shared = ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared"]
-        command = [*compiler(), *shared, "-pthread", *objects, "-o", str(target)]
+        self.run_link([*compiler(), *shared, "-pthread", *objects, "-o", str(self.target(ext))])
+
+    def target(self, ext: Extension) -> Path:
+        path = Path(self.get_ext_fullpath(ext.name))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+    @staticmethod
+    def run_link(command: list[str]) -> None:
         result = subprocess.run(command, capture_output=True, text=True)
         if result.returncode != 0:
             raise SystemExit(f"linking failed:\n{result.stderr}")
@@ -163,6 +216,9 @@ setup(
     packages=PACKAGES,
     package_data={"pagelens": ["py.typed", "*.pyi", "assets/**/*"], "pagelens.kernels": ["configs/*.json"]},
     exclude_package_data={"pagelens": ["*.so"]},
-    ext_modules=[Extension("pagelens._native", [str(path) for path in sorted(CSRC.glob("**/*.cpp"))])],
+    ext_modules=[
+        Extension("pagelens._native", [str(path) for path in sorted(CSRC.glob("**/*.cpp"))]),
+        *([Extension("pagelens._cuda", [str(path) for path in sorted(CSRC.glob("cuda/*"))])] if cuda_wanted() else []),
+    ],
     cmdclass={"build_ext": BuildNative},
 )

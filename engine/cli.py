@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from . import __version__
+from .config import BACKENDS
 from .errors import ConfigError, PagelensError
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
@@ -160,7 +161,7 @@ def build_parser() -> argparse.ArgumentParser:
     quantize.set_defaults(run=run_quantize)
 
     doctor = commands.add_parser("doctor", help="show the machine and which kernels would be used")
-    doctor.add_argument("--backend", default="auto", choices=("auto", "reference", "native", "triton"))
+    doctor.add_argument("--backend", default="auto", choices=BACKENDS)
     doctor.add_argument("--json", action="store_true", help="print JSON")
     doctor.set_defaults(run=run_doctor)
 
@@ -213,7 +214,7 @@ def add_engine_options(parser: argparse.ArgumentParser, needs_model: bool = Fals
     parser.add_argument("--model", required=needs_model, help="checkpoint folder or hub id" + default)
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="cuda: an NVIDIA or AMD GPU")
-    parser.add_argument("--backend", default="auto", choices=("auto", "reference", "native", "triton"))
+    parser.add_argument("--backend", default="auto", choices=BACKENDS)
     parser.add_argument(
         "--weights",
         default="auto",

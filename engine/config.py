@@ -13,7 +13,11 @@ from .errors import ConfigError
 
 DType = Literal["float32", "bfloat16"]
 BACKEND_VARIABLE = "PAGELENS_BACKEND"
-BACKENDS = ("auto", "reference", "native", "triton")
+Backend = Literal["auto", "reference", "native", "triton", "cuda", "cuda-sim"]
+BACKENDS = ("auto", "reference", "native", "triton", "cuda", "cuda-sim")
+ON_A_DEVICE = ("auto", "triton", "cuda")
+WITHOUT_INT8_CACHE = ("triton", "cuda", "cuda-sim")
+CUDA_OPS = ("window_attention", "conv_downsample", "qk_norm_rope_store", "paged_attention", "moe_ffn")
 MAX_SIDE = 20_000  # pixels of a page that is asked for by its size
 MAX_TILES = 32  # most tiles of a page; no published model was trained on more
 
@@ -25,10 +29,14 @@ MAX_OPTIONS = {"max_num_seqs": 4096, "max_batch_tokens": 2**18, "block_size": 40
 class EngineConfig:
     """User options of an engine. `resolve()` checks them once; nothing mutates them afterwards.
 
-    dtype             "auto" is the checkpoint's; "float16" needs backend "triton"
+    dtype             "auto" is the checkpoint's; "float16" needs device "cuda" or backend "triton"
     device            "cuda" (NVIDIA, or AMD with a ROCm build of torch) keeps weights, cache and activations there
-    backend           "auto" is "native" with what it lacks from "reference" on the CPU, "triton" on a GPU. The variable
-                      PAGELENS_BACKEND stands in for "auto". "triton" on the CPU is interpreted: for tests
+    backend           "auto" is "native" with what it lacks from "reference" on the CPU; on a GPU "triton", and the CUDA
+                      C++ kernels, if they are built, for the ops in which docs/gpu-kernels.md prefers them; "cuda" has
+                      them all. The variable PAGELENS_BACKEND stands in for "auto". "triton" on the CPU is interpreted,
+                      "cuda-sim" runs the CUDA C++ kernels there: for tests
+    cuda_ops          the ops that run on CUDA C++ kernels instead: names out of CUDA_OPS with commas, "all" or "none";
+                      None is the variable PAGELENS_CUDA_OPS, and without it the backend's choice
     max_model_len     longest prompt + answer in tokens; None = the model's own limit
     max_num_seqs      most sequences decoded together
     max_batch_tokens  most tokens in one forward pass; longer prompts are cut into chunks of this size
@@ -53,7 +61,8 @@ class EngineConfig:
     model: str
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: Literal["cpu", "cuda"] = "cpu"
-    backend: Literal["auto", "reference", "native", "triton"] = "auto"
+    backend: Backend = "auto"
+    cuda_ops: str | None = None
     weights: Literal["auto", "int8", "int4", "int4-pure"] = "auto"
     num_threads: int | None = None
     max_model_len: int | None = None
@@ -98,6 +107,8 @@ class EngineConfig:
         for name in ("prefix_cache", "use_mmap", "low_memory"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name}={getattr(self, name)!r} must be True or False")
+        if self.cuda_ops is not None:
+            parse_cuda_ops(self.cuda_ops, "cuda_ops")
         return self._with_backend()
 
     def _with_backend(self) -> EngineConfig:
@@ -108,14 +119,14 @@ class EngineConfig:
             if named not in BACKENDS:
                 raise ConfigError(f"{BACKEND_VARIABLE}={named!r} is not one of {', '.join(BACKENDS)}")
             backend = named  # type: ignore[assignment]
-        if backend == "auto" and self.device == "cuda":
-            backend = "triton"
-        if self.device == "cuda" and backend != "triton":
-            raise ConfigError(f"backend={backend!r} runs on the CPU; with device='cuda' use 'triton' or 'auto'")
-        if self.dtype == "float16" and backend != "triton":
+        if self.device == "cuda" and backend not in ON_A_DEVICE:
+            raise ConfigError(f"backend={backend!r} runs on the CPU; with device='cuda' use 'triton', 'cuda' or 'auto'")
+        if self.device == "cpu" and backend == "cuda":
+            raise ConfigError("backend='cuda' needs device='cuda'; 'cuda-sim' runs its kernels on a CPU, for tests")
+        if self.dtype == "float16" and self.device == "cpu" and backend != "triton":
             raise ConfigError("dtype='float16' needs backend='triton', for device='cuda'; use 'bfloat16' or 'float32'")
-        if self.kv_cache_dtype == "int8" and backend == "triton":
-            asked = "device='cuda'" if self.device == "cuda" else "backend='triton'"
+        if self.kv_cache_dtype == "int8" and (self.device == "cuda" or backend in WITHOUT_INT8_CACHE):
+            asked = "device='cuda'" if self.device == "cuda" else f"backend={backend!r}"
             raise ConfigError(
                 f"kv_cache_dtype='int8' does not go with {asked}: the GPU kernels read a cache in the dtype of the "
                 "activations only; use kv_cache_dtype='auto', or device='cpu' with backend='native'"
@@ -124,6 +135,17 @@ class EngineConfig:
 
     def with_options(self, **options: object) -> EngineConfig:
         return replace(self, **options)  # type: ignore[arg-type]
+
+
+def parse_cuda_ops(value: str, name: str) -> tuple[str, ...]:
+    """ "all", "none", or names out of CUDA_OPS with commas. Raises ConfigError naming the option or variable."""
+    if value in ("all", "none"):
+        return CUDA_OPS if value == "all" else ()
+    names = tuple(part.strip() for part in value.split(","))
+    unknown = next((part for part in names if part not in CUDA_OPS), None)
+    if unknown is not None:
+        raise ConfigError(f"{name}={value!r}: {unknown!r} is not one of {', '.join(CUDA_OPS)}; or say 'all' or 'none'")
+    return names
 
 
 @dataclass(frozen=True, slots=True)

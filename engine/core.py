@@ -342,7 +342,9 @@ def build_engine(config: EngineConfig) -> Engine:
     tokenizer = Tokenizer(folder) if folder and (folder / "tokenizer.json").is_file() else None
     quantize_to = None if config.weights == "auto" else config.weights
     check_low_memory(config, model_config)
-    ops = resolve_ops(config.backend, network.op_cases(model_config, dtype), config.num_threads, config.device)
+    ops = resolve_ops(
+        config.backend, network.op_cases(model_config, dtype), config.num_threads, config.device, config.cuda_ops
+    )
     files = ExitStack()
     try:
         source: TensorSource

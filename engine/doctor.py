@@ -9,7 +9,10 @@ import os
 import platform
 import sys
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from .config import Backend
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +86,7 @@ def gpu_fact(torch: Any) -> str:
     from .ops.devices import describe_missing_gpu
 
     missing = describe_missing_gpu()
-    return missing or f"{torch.cuda.get_device_name(0)}; device='cuda' uses it, by the Triton kernels"
+    return missing or f"{torch.cuda.get_device_name(0)}; device='cuda' uses it, by the Triton and CUDA kernels"
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,15 +138,21 @@ def reads_pages(model: str, random_weights: bool) -> bool:
     return isinstance(config, DeepseekOcrConfig)
 
 
-def examine(backend: Literal["auto", "reference", "native", "triton"] = "auto", device: str = "cpu") -> DoctorReport:
-    """Look at the machine. Raises UnsupportedError if a forced backend or instruction set cannot run here."""
+def examine(backend: Backend = "auto", device: Literal["cpu", "cuda"] = "cpu") -> DoctorReport:
+    """Look at the machine, with the backend that PAGELENS_BACKEND names if it is "auto".
+
+    Raises UnsupportedError if a forced backend or instruction set cannot run here.
+    """
     import torch
 
     from . import __version__
+    from .config import EngineConfig
+    from .ops.cuda_choice import describe_kernels
     from .ops.registry import resolve_ops
 
     memory = memory_bytes()
-    table = resolve_ops(backend, device=device)
+    chosen = EngineConfig("", backend=backend, device=device).resolve().backend
+    table = resolve_ops(chosen, device=device)
     choices = table.explain()
     table.close()
     return DoctorReport(
@@ -164,6 +173,7 @@ def examine(backend: Literal["auto", "reference", "native", "triton"] = "auto", 
             "memory": f"{memory / 2**30:.1f} GiB" if memory else "unknown",
             **native_facts(),
             "gpu": gpu_fact(torch),
+            "CUDA C++ kernels": describe_kernels(),
         },
         ops=tuple(asdict(choice) for choice in choices),
         extras={name: installed(name) for name in ("huggingface_hub", "pypdfium2", "triton", "matplotlib")},

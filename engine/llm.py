@@ -41,9 +41,11 @@ class LLM:
     """A model ready to answer. Use as a context manager, or call `close()`.
 
     model             folder or hub id
-    dtype             "auto" (the checkpoint's), "float32", "bfloat16", "float16" (backend "triton" only)
+    dtype             "auto" (the checkpoint's), "float32", "bfloat16", "float16" (for "cuda" only)
     device            "cpu", or "cuda": an NVIDIA GPU, or an AMD one with a ROCm build of torch
-    backend           "auto", "reference", "native" or "triton", the only one for "cuda" (on the CPU for tests only)
+    backend           "auto", "reference", "native"; on "cuda" also "triton", "cuda"; for tests "triton" on the CPU, and
+                      "cuda-sim" (EngineConfig)
+    cuda_ops          the ops that run on CUDA C++ kernels: names with commas, "all", "none" (docs/gpu-kernels.md)
     weights           "auto" (the checkpoint's), "int8", "int4", "int4-pure": linear layers quantised as they are read
     num_threads       of the native kernels; None = one a physical core (torch's own threads are left as they are)
     max_model_len     longest prompt + answer; None = the model's own limit
@@ -79,6 +81,7 @@ class LLM:
         prefix_cache: bool = True,
         use_mmap: bool = True,
         low_memory: bool = False,
+        cuda_ops: str | None = None,
         **unknown: Any,
     ) -> None:
         if unknown:
@@ -103,6 +106,7 @@ class LLM:
             "prefix_cache": prefix_cache,
             "use_mmap": use_mmap,
             "low_memory": low_memory,
+            "cuda_ops": cuda_ops,
         }
         self._start(build_engine(EngineConfig(**options).resolve()))
 

@@ -8,9 +8,9 @@
 #include <stdexcept>
 #include <string>
 
-namespace simt {
+#include "simt/types.h"
 
-using Stream = cudaStream_t;
+namespace simt {
 
 // Dynamic shared memory of the block, aligned to 128 bytes.
 __device__ __forceinline__ unsigned char* shared_memory() {
@@ -74,6 +74,14 @@ inline void check(cudaError_t error, const char* what) {
   throw std::runtime_error(std::string(what) + ": " + cudaGetErrorName(error) + ", " + cudaGetErrorString(error));
 }
 
+// Of the current device: how many blocks a persistent kernel starts goes by it.
+inline int multiprocessors() {
+  int device = 0, count = 0;
+  check(cudaGetDevice(&device), "asking for the device");
+  check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "asking for multiprocessors");
+  return count;
+}
+
 // kernel<<<grid, block, shared_bytes, stream>>>(arguments...); throws std::runtime_error if the launch is refused.
 template <class... P, class... A>
 void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, Stream stream, A... arguments) {
@@ -82,7 +90,7 @@ void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, St
   if (shared_bytes > kWithoutAsking)
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)),
           "asking for shared memory");
-  kernel<<<grid, block, shared_bytes, stream>>>(static_cast<P>(arguments)...);
+  kernel<<<grid, block, shared_bytes, static_cast<cudaStream_t>(stream)>>>(static_cast<P>(arguments)...);
   check(cudaGetLastError(), "launching a kernel");
 }
 

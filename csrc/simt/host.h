@@ -8,6 +8,8 @@
 #include <functional>
 #include <type_traits>
 
+#include "simt/types.h"
+
 #define __global__ static
 #define __device__
 #define __host__
@@ -36,8 +38,6 @@ inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
 namespace simt {
-
-using Stream = void*;  // the host runs every launch to its end
 
 struct Site {
   const char* file;
@@ -118,6 +118,8 @@ void cp_async_wait() {
 }
 inline void named_barrier(int id, int count, Site site = Site::here()) { barrier(id, count, site); }
 
+inline int multiprocessors() { return 3; }  // few and odd, so that blocks of persistent kernels take several tiles
+
 template <class... P, class... A>
 void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, Stream, A... arguments) {
   launch_blocks(grid, block, shared_bytes, [&] { kernel(static_cast<P>(arguments)...); });
@@ -180,6 +182,8 @@ SIMT_UNCHECKED T atomicMax(T* p, T value) {
   return old;
 }
 
+inline int min(int a, int b) { return a < b ? a : b; }
+inline int max(int a, int b) { return a > b ? a : b; }
 inline int __ffs(int x) { return __builtin_ffs(x); }
 inline int __popc(uint32_t x) { return __builtin_popcount(x); }
 inline int __clz(int x) { return x ? __builtin_clz(static_cast<unsigned>(x)) : 32; }

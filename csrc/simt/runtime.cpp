@@ -65,6 +65,7 @@ void fiber_main() {
 void Machine::launch(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& kernel) {
   const uint64_t threads = uint64_t{block.x} * block.y * block.z;
   if (running_) throw Error("a kernel was launched from within a kernel");
+  if (!options.refusal.empty()) throw Error(options.refusal);
   if (threads == 0 || threads > 1024)
     throw Error("a block of " + std::to_string(threads) + " threads; it has 1 to 1024");
   constexpr size_t kLargest = 227 << 10;  // sm_90 and sm_100; sm_80 has 163 KiB, which the resource table checks

@@ -25,6 +25,8 @@ struct Options {
   uint32_t seed = 1;
   // Follow every access. Needs kernels compiled with -fsanitize=thread and linked without libtsan.
   bool races = false;
+  // If not empty, every launch throws an Error with these words: what a card that refuses one looks like to its caller.
+  std::string refusal;
 };
 
 // Shared-memory transactions of one source line: `phases` are those needed without conflicts, `extra` what bank

@@ -9,7 +9,6 @@
 // functions. Shared memory is dynamic only: shared_memory(). Static __shared__ arrays do not compile under g++: they
 // could be given neither exact bounds nor poison.
 #pragma once
-#include "simt/bf16.h"
 #ifdef __CUDACC__
   #include "simt/device.h"
 #else

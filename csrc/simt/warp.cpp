@@ -3,8 +3,8 @@
 #include <cstring>
 #include <set>
 
-#include "simt/bf16.h"
 #include "simt/block.h"
+#include "simt/types.h"
 
 namespace simt {
 

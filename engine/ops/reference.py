@@ -350,6 +350,10 @@ class ReferenceOps(ReferenceVisionOps, ReferenceSampling):
             )
         return torch.cat(parts) if parts else q.reshape(n, num_heads, head_dim)
 
+    def swiglu_float32(self, x: Tensor, ffn: PackedSwiglu) -> Tensor:
+        """swiglu_ffn without its last rounding: float32 [N, C]."""
+        return swiglu_float32(x, ffn)
+
     def swiglu_ffn(
         self, x: Tensor, ffn: PackedSwiglu, residual: Tensor | None = None, out: Tensor | None = None
     ) -> Tensor:

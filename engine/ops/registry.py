@@ -2,25 +2,28 @@
 
 `auto` takes native for an op when it implements it and supports all of the model's cases of it, otherwise reference. A
 forced backend raises UnsupportedError for an op that it implements but cannot run; ops that native has not got yet run
-on reference and are reported so. triton runs all ops or none, since its tensors may lie on a GPU. Nothing is chosen
-again later: there is no silent fallback.
+on reference and are reported so. On a GPU every op runs on triton, or on cuda where that is
+chosen (cuda_choice.py). Nothing is chosen again later: there is no silent fallback.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 
-from ..config import BACKENDS
+from ..config import BACKENDS, CUDA_OPS, Backend
 from ..errors import ConfigError, UnsupportedError
 from . import OP_NAMES, OpCase, Ops
+from .cuda_choice import BY_DEFAULT, IN_CUDA, WITH, choose_cuda_ops, load_kernels
 from .devices import find_device
 from .reference import ReferenceOps
 
-Backend = Literal["auto", "reference", "native", "triton"]
+if TYPE_CHECKING:
+    from .cuda import CudaOps
+
 PACKED_BY = {
     "quantize": "linear",
     "packed_memory": "linear",
@@ -87,8 +90,9 @@ class OpsTable:
             setattr(self, op, getattr(backend, op))
         for pack, op in PACKED_BY.items():
             setattr(self, pack, getattr(backends[op], pack))
-        # A program holds the calls of one backend: a step that crosses backends cannot be recorded.
-        decoders = {self.backend_of[op] for op in DECODER_OPS}
+        # A program holds the calls of one backend: a step that crosses backends cannot be recorded. cuda launches on
+        # triton's stream, and is recorded with it.
+        decoders = {"triton" if name == "cuda" else name for name in (self.backend_of[op] for op in DECODER_OPS)}
         self.new_program = backends["linear"].new_program if len(decoders) == 1 else lambda: None
 
     def explain(self) -> list[OpChoice]:
@@ -135,24 +139,31 @@ def _spread(refusals: dict[str, str]) -> None:
 
 
 def resolve_ops(
-    backend: Backend, cases: Sequence[OpCase] = (), num_threads: int | None = None, device: str = "cpu"
+    backend: Backend,
+    cases: Sequence[OpCase] = (),
+    num_threads: int | None = None,
+    device: str = "cpu",
+    cuda_ops: str | None = None,
 ) -> OpsTable:
     """The table of chosen implementations for a model that will ask `cases`.
 
     num_threads  size of native's pool; None = the machine's physical cores
-    device       "cpu", or "cuda" for triton
-    Raises ConfigError for an unknown backend or too many threads; UnsupportedError if native is forced and is missing
-    or refuses a case, and whenever PAGELENS_CPU_ISA asks for what cannot be used here.
+    device       "cpu", or "cuda" for auto, triton and cuda
+    cuda_ops     as in EngineConfig
+    Raises ConfigError for an unknown backend or too many threads; UnsupportedError if a forced backend, or an op named
+    in cuda_ops, is missing or refuses a case, and whenever PAGELENS_CPU_ISA asks for what cannot be used here.
     """
     if backend not in BACKENDS:
         raise ConfigError(f"backend={backend!r} is not one of {', '.join(BACKENDS)}")
     unknown = sorted({case.op for case in cases} - set(OP_NAMES))
     if unknown:
         raise ConfigError(f"unknown op {unknown[0]!r}; known: {', '.join(OP_NAMES)}")
-    if backend == "triton":
-        return _resolve_triton(cases, device)
-    if device != "cpu":
-        raise ConfigError(f"device={device!r} needs backend='triton', not {backend!r}")
+    if backend == "triton" or (device != "cpu" and backend in ("auto", "cuda")):
+        return _resolve_gpu(backend, cases, device, cuda_ops)
+    if device != "cpu" or backend == "cuda":
+        raise ConfigError(f"backend={backend!r} does not run on device={device!r}; 'triton' and 'cuda' run on 'cuda'")
+    if backend == "cuda-sim":
+        return _resolve_sim(cases, cuda_ops)
     reference: Any = ReferenceOps()
     native, missing = (None, "reference was asked for") if backend == "reference" else _load_native(num_threads)
     if backend == "native" and native is None:
@@ -171,23 +182,87 @@ def resolve_ops(
     return OpsTable(backends, choices, [native] if native is not None else [])
 
 
-def _resolve_triton(cases: Sequence[OpCase], device: str) -> OpsTable:
-    """All ops by the Triton kernels; rows of logits that must be seen on the host are sampled by the reference."""
+def _resolve_gpu(backend: str, cases: Sequence[OpCase], device: str, cuda_ops: str | None) -> OpsTable:
+    """All ops by the Triton kernels or, where chosen, the CUDA kernels; rows of logits that must be seen on the host
+    are sampled by the reference."""
     from .triton import INTERPRETED, TritonOps
 
-    ops = TritonOps(find_device(device))
+    base = TritonOps(find_device(device))
     for case in cases:
-        sentence = ops.supports(case)
+        sentence = base.supports(case)
         if sentence:
             raise UnsupportedError(f"backend triton cannot run {case.op}: {sentence}")
-    reason = INTERPRETED if device == "cpu" else f"runs on {ops.device}"
-    choices = [OpChoice(op, "triton", True, reason) for op in OP_NAMES if op != "sample"]
+    reason = INTERPRETED if device == "cpu" else f"runs on {base.device}"
+    backends: dict[str, Any] = dict.fromkeys(OP_NAMES, base)
+    backends["sample"] = ReferenceOps()
+    choices: list[OpChoice] = []
+    cuda, refusals = (None, {}) if backend == "triton" else _find_cuda(backend, base, cases, cuda_ops)
+    for op in OP_NAMES:
+        runs_cuda = cuda is not None and op in cuda.IMPLEMENTED and op not in refusals
+        if runs_cuda:
+            backends[op] = cuda
+        if backend != "triton" and op in IN_CUDA:
+            choices.append(OpChoice(op, "cuda", runs_cuda, refusals.get(op, reason)))
+        if op != "sample":
+            choices.append(OpChoice(op, "triton", not runs_cuda, "cuda runs this op" if runs_cuda else reason))
     choices.append(
         OpChoice("sample", "reference", True, "for rows that the host must see; others are chosen by triton")
     )
-    backends: dict[str, Any] = dict.fromkeys(OP_NAMES, ops)
-    backends["sample"] = ReferenceOps()
-    return OpsTable(backends, choices, [ops], ops.device)
+    return OpsTable(backends, choices, [base], base.device)
+
+
+def _find_cuda(
+    backend: str, base: Any, cases: Sequence[OpCase], cuda_ops: str | None
+) -> tuple[CudaOps | None, dict[str, str]]:
+    """The CUDA kernels, and op -> why it does not run on them. auto does without them if they are not built."""
+    from .cuda import CudaOps
+
+    chosen, named = choose_cuda_ops(cuda_ops, BY_DEFAULT if backend == "auto" else CUDA_OPS)
+    try:
+        kernels = load_kernels("_cuda")
+        count, words = kernels.devices()
+        if not count:
+            raise UnsupportedError(f"the CUDA C++ kernels: {words}")
+    except UnsupportedError as error:
+        if backend == "cuda" or (named and chosen):
+            raise
+        return None, dict.fromkeys(OP_NAMES, str(error))
+    cuda = CudaOps(kernels, "cuda", base, base.device)
+    return cuda, _cuda_refusals(cuda, cases, chosen, named)
+
+
+def _cuda_refusals(cuda: CudaOps, cases: Iterable[OpCase], chosen: frozenset[str], named: bool) -> dict[str, str]:
+    """Op name -> why it does not run on a CUDA kernel. One that was asked for by name must: UnsupportedError."""
+    refusals = {op: "not chosen: cuda_ops or PAGELENS_CUDA_OPS can name it" for op in OP_NAMES if op not in chosen}
+    for case in cases:
+        sentence = cuda.supports(case) if case.op in chosen else None
+        if sentence and named:
+            raise UnsupportedError(f"the CUDA kernels cannot run {case.op}: {sentence}; leave it out of cuda_ops")
+        if sentence:
+            refusals.setdefault(case.op, sentence)
+    if "moe_ffn" in refusals:
+        refusals.update(dict.fromkeys(WITH["moe_ffn"], refusals["moe_ffn"]))
+    return refusals
+
+
+def _resolve_sim(cases: Sequence[OpCase], cuda_ops: str | None) -> OpsTable:
+    """The CUDA kernels on the CPU, all that there are unless cuda_ops says which; the reference runs the rest."""
+    from .cuda import CudaOps
+
+    reference: Any = ReferenceOps()
+    cuda = CudaOps(load_kernels("_cuda_sim"), "cuda-sim", reference, torch.device("cpu"))
+    refusals = _cuda_refusals(cuda, cases, *choose_cuda_ops(cuda_ops, CUDA_OPS))
+    backends: dict[str, Any] = {op: reference if op in refusals else cuda for op in OP_NAMES}
+    choices: list[OpChoice] = []
+    for op in OP_NAMES:
+        runs = op not in refusals
+        if op in IN_CUDA:
+            reason = "the CUDA kernel on this CPU: for tests, thousands of times slower than on a GPU"
+            choices.append(OpChoice(op, "cuda-sim", runs, refusals.get(op, reason)))
+        choices.append(
+            OpChoice(op, "reference", not runs, "cuda-sim runs this op" if runs else "complete: runs every op")
+        )
+    return OpsTable(backends, choices, [])
 
 
 def _raise_first_refusal(native: _NativeBackend, refusals: dict[str, str]) -> None:

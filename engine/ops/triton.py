@@ -213,6 +213,13 @@ class TritonOps(TritonVision):
         self._like("swiglu_ffn", "out", out, tuple(x.shape), x.dtype)
         return linear(linear(x, ffn.gate_up, "swiglu"), ffn.down, None, residual, out)
 
+    def swiglu_float32(self, x: Tensor, ffn: PackedSwiglu) -> Tensor:
+        """swiglu_ffn without its last rounding: float32 [N, C]."""
+        from ..kernels.linear import linear
+
+        self._rows("swiglu_ffn", x, ffn.width, ffn.dtype)
+        return linear(linear(x, ffn.gate_up, "swiglu"), ffn.down, out_dtype=torch.float32)
+
     def moe_routing(self, logits: Tensor, top_k: int, renormalize: bool, scale: float) -> Routing:
         from ..kernels.moe_routing import moe_routing
 

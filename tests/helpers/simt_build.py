@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shlex
 import subprocess
 import sysconfig
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -53,4 +54,70 @@ def build(
         list(pool.map(run, jobs))
     target = folder / variant
     run([*cxx, *(SANITIZE if variant == "asan" else []), *objects, "-ldl", "-o", target])
+    return target
+
+
+EXTENSION = "_cuda_sim"
+CACHE = ROOT / "build" / EXTENSION  # objects and modules, named by a hash of what they are made from
+
+
+def with_headers(kernel: Path) -> str:
+    """The kernel's text with the tile headers that it includes in their place, so that a mutant may change them too."""
+    text = kernel.read_text()
+    for header in (ROOT / "csrc/cuda").glob("*_tile.h"):
+        text = text.replace(f'#include "cuda/{header.name}"\n', header.read_text().replace("#pragma once\n", ""))
+    return text
+
+
+def compile_once(source: Path, flags: Sequence[str], headers: str) -> Path:
+    """The object of a source in CACHE."""
+    command = [*compiler(), *COMMON, "-fPIC", "-fvisibility=hidden", *flags, "-x", "c++", "-c", str(source)]
+    key = hashlib.sha256("\0".join([*command, source.read_text(), headers]).encode()).hexdigest()[:16]
+    target = CACHE / f"{source.name}-{key}.o"
+    if not target.exists():
+        part = target.with_suffix(f".{os.getpid()}")
+        run([*command, "-o", part])
+        part.replace(target)
+    return target
+
+
+def mutated(kernel: Path, old: str, new: str) -> Path:
+    """A copy of the kernel, headers in place, with `old`, which stands there exactly once, replaced."""
+    text = with_headers(kernel)
+    if text.count(old) != 1:
+        raise ValueError(f"{kernel.name} holds {old!r} {text.count(old)} times; a mutant changes one place")
+    text = text.replace(old, new)
+    path = CACHE / f"mutant-{hashlib.sha256(text.encode()).hexdigest()[:8]}-{kernel.name}"
+    path.write_text(text)
+    return path
+
+
+def build_extension(variant: str, mutants: Mapping[str, tuple[str, str]] | None = None) -> Path:
+    """pagelens._cuda_sim in a folder of CACHE: all kernels of csrc/cuda, those in `mutants` with one text replaced.
+
+    mutants  file name -> (text that stands there exactly once, what to put in its place)
+    """
+    import pybind11
+
+    CACHE.mkdir(parents=True, exist_ok=True)
+    host, device = VARIANTS[variant]
+    headers = "".join(
+        path.read_text() for part in ("cuda", "simt") for path in sorted((ROOT / "csrc" / part).glob("*.h"))
+    )
+    python = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}", f"-DPAGELENS_MODULE={EXTENSION}"]
+    # Bindings only pass on what they are given: optimised or sanitised they would cost more time than they take.
+    jobs = [(ROOT / "csrc/cuda/bindings.cpp", ["-O0", "-g0", *python])]
+    for kernel in sorted((ROOT / "csrc/cuda").glob("*.cu")):
+        change = (mutants or {}).get(kernel.name)
+        jobs.append((mutated(kernel, *change) if change else kernel, device))
+    jobs += [(source, host) for source in RUNTIME]
+    with ThreadPoolExecutor(2) as pool:
+        objects = list(pool.map(lambda job: compile_once(*job, headers), jobs))
+    key = hashlib.sha256("".join(obj.name for obj in objects).encode()).hexdigest()[:16]
+    target = CACHE / f"{variant}-{key}" / f"{EXTENSION}.so"
+    if not target.exists():
+        target.parent.mkdir(exist_ok=True)
+        part = target.with_suffix(f".{os.getpid()}")
+        run([*compiler(), "-shared", *(SANITIZE if variant == "asan" else []), *objects, "-ldl", "-o", part])
+        part.replace(target)
     return target

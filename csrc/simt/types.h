@@ -1,4 +1,5 @@
-// bfloat16 as bits, with the rounding of the hardware (to nearest, ties to even; NaN stays NaN).
+// What both sides share and what callers that nvcc does not compile may see: a stream, and bfloat16 as bits, with the
+// rounding of the hardware (to nearest, ties to even; NaN stays NaN).
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -10,6 +11,8 @@
 #endif
 
 namespace simt {
+
+using Stream = void*;  // a cudaStream_t; the host runs every launch to its end and ignores it
 
 struct bf16 {
   uint16_t bits;
@@ -48,6 +51,14 @@ SIMT_BOTH uint32_t pack_bf16(float low, float high) {
 
 SIMT_BOTH float low_bf16(uint32_t pair) { return to_float(bf16{static_cast<uint16_t>(pair)}); }
 SIMT_BOTH float high_bf16(uint32_t pair) { return to_float(bf16{static_cast<uint16_t>(pair >> 16)}); }
+
+// Two floats as one 8-byte value, for one store: g++ would make two of float2's.
+SIMT_BOTH uint64_t two_floats(float low, float high) {
+  uint32_t bits[2];
+  memcpy(&bits[0], &low, 4);
+  memcpy(&bits[1], &high, 4);
+  return static_cast<uint64_t>(bits[1]) << 32 | bits[0];
+}
 
 // Stores a float as T, rounded if T is bf16.
 SIMT_BOTH void put(float* to, float x) { *to = x; }

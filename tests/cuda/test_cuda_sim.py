@@ -1,0 +1,260 @@
+"""The CUDA kernels on a CPU (csrc/simt), against the reference: in three thread orders, under the race detector, under
+AddressSanitizer and UBSan, and with one line of a kernel changed, which must be found.
+
+PAGELENS_TEST_CUDA_SIM names an extension to test instead of the plain one: this file starts itself that way.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from cuda.kernel_cases import (
+    BUILT,
+    CASES,
+    REFERENCE,
+    compare,
+    conflicts,
+    cuda_ops,
+    load,
+    run_tests_with,
+    shared_cases,
+    table,
+)
+from helpers.simt_build import ROOT, build_extension
+from ops.cases import AttentionCase, Paged, noise, rope_table
+
+from pagelens.config import CUDA_OPS
+from pagelens.errors import ShapeError, UnsupportedError
+from pagelens.ops import OpCase
+from pagelens.ops.cuda import CudaOps
+from pagelens.ops.cuda_packing import pack_rows
+from pagelens.quantization import QuantizedWeight, quantize
+
+ORDERS = ("forward", "reverse", "random")
+inner = pytest.mark.skipif(BUILT in os.environ, reason="only once, by the run that starts the others")
+
+
+@pytest.fixture(scope="module")
+def extension() -> Path:
+    given = os.environ.get(BUILT)
+    return Path(given) if given else build_extension("plain")
+
+
+@pytest.fixture(scope="module")
+def kernels(extension: Path) -> ModuleType:
+    return load(extension)
+
+
+@pytest.fixture(scope="module")
+def ops(kernels: ModuleType) -> CudaOps:
+    return cuda_ops(kernels)
+
+
+@pytest.fixture(params=ORDERS)
+def order(request: pytest.FixtureRequest, kernels: ModuleType) -> str:
+    kernels.set_options(request.param, 7, "race" in os.environ.get(BUILT, ""))
+    return str(request.param)
+
+
+# Bank conflicts that are known: what stands on the line, and why it has them. Any other is a failure.
+KNOWN_CONFLICTS = {
+    "moe_routing.cu": (
+        "counts[warp * a.experts + mine.id]++",  # a histogram: lanes count where their experts are
+        "a.permutation[starts[id] +",  # and read it there again
+    ),
+    "window_attention.cu": (
+        "terms_of(terms, row, a.size)[axis * a.size + key] = ",  # shifted by each query's own column, at most two to a bank
+        "? s[n][e] * a.scale + term[",  # a read, where the keys of a warp pass from one row of the window to the next
+    ),
+}
+
+
+def clean(kernels: ModuleType, extension: Path) -> None:
+    """Nothing found since the last look; with the race detector, something was looked at."""
+    found = kernels.take_findings()
+    assert found["races"] == []
+    assert (found["accesses"] > 0) == ("race" in os.environ.get(BUILT, ""))
+    for place in conflicts(extension, found["banks"]):
+        name, _, line = place.partition(":")
+        text = (ROOT / "csrc/cuda" / name).read_text().splitlines()[int(line) - 1]
+        assert any(known in text for known in KNOWN_CONFLICTS.get(name, ())), f"bank conflicts: {place}: {text}"
+
+
+def quantized(weight: torch.Tensor, kind: str) -> QuantizedWeight:
+    """Rounded by this project's rule, but for activations that stay bfloat16."""
+    q = quantize(weight, kind)  # type: ignore[arg-type]
+    return QuantizedWeight(q.kind, q.values, q.scales, q.group_size, q.zeros, dtype=torch.bfloat16)
+
+
+def test_shared_cases(ops: CudaOps, extension: Path, kernels: ModuleType, order: str) -> None:
+    everything = table(kernels)
+    found = [why for case in shared_cases(ops) if (why := compare(case, everything))]
+    assert found == []
+    clean(kernels, extension)
+
+
+def test_refusals_name_the_size() -> None:
+    ops = cuda_ops(ModuleType("no kernels"))
+    refused = {ops.supports(case.op_case()) for case in CASES if case.op in ops.IMPLEMENTED}
+    assert refused == {
+        None,
+        "the CUDA kernels take bfloat16, not float32",
+        "head_dim 22 is not one of 16, 32, 64, 96, 128",
+        "head_dim 22 is not a multiple of 4 up to 256",
+        "width 77 is not a multiple of 8",
+        "width 13 is not a multiple of 8",
+        *(f"head_dim {d} is not one of 16, 32, 64, 80" for d in (4, 6, 8)),
+    }
+    many = OpCase("moe_routing", torch.float32, (("num_experts", 512), ("top_k", 8)))
+    assert ops.supports(many) == "it takes up to 256 experts and top_k up to 32"
+
+
+@pytest.mark.parametrize("experts", [5, 32, 33, 64, 128, 256])
+def test_routing_is_the_reference_with_ties_and_nan(
+    ops: CudaOps, extension: Path, kernels: ModuleType, order: str, experts: int
+) -> None:
+    g = torch.Generator().manual_seed(experts)
+    for tokens in (0, 1, 31, 70):
+        logits = torch.randn(tokens, experts, generator=g).round(decimals=0)  # whole numbers: many ties
+        for top_k in {1, min(8, experts), min(32, experts)}:
+            for renormalize in (False, True):
+                expected = REFERENCE.moe_routing(logits, top_k, renormalize, 2.5)
+                result = ops.moe_routing(logits, top_k, renormalize, 2.5)
+                assert torch.equal(result.expert_ids, expected.expert_ids)
+                assert torch.equal(result.offsets, expected.offsets)
+                assert torch.equal(result.permutation, expected.permutation)
+                torch.testing.assert_close(result.weights, expected.weights, rtol=1e-6, atol=1e-7)
+    logits = torch.full((3, experts), torch.nan)
+    assert torch.equal(ops.moe_routing(logits, 4, False, 1.0).expert_ids, torch.arange(4).int().expand(3, 4))
+    clean(kernels, extension)
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "int8", "int4"])
+@pytest.mark.parametrize(("rows", "width", "inner"), [(1, 64, 24), (3, 136, 72), (150, 200, 64)])
+def test_grouped_gemm(
+    ops: CudaOps, extension: Path, kernels: ModuleType, order: str, kind: str, rows: int, width: int, inner: int
+) -> None:
+    """Inputs whose exact products and sums fit into float32: the reference's dequantised weights, the same numbers."""
+    g = torch.Generator().manual_seed(rows)
+    experts, top_k = 6, 2
+    shapes = ((inner, width), (inner, width), (width, inner))
+    weights = [[noise(g, shape, torch.bfloat16, shape[1] ** -0.5) for shape in shapes] for _ in range(experts)]
+    parts = [tuple(quantized(w, kind) if kind != "bfloat16" else w for w in expert) for expert in weights]
+    x, logits = noise(g, (rows, width), torch.bfloat16), torch.randn(rows, experts, generator=g)
+    logits[:, 3] = -50.0  # an expert without rows
+    routing = REFERENCE.moe_routing(logits, top_k, True, 1.0)
+    router = torch.zeros(experts, width)
+    expected = REFERENCE.grouped_gemm(x, REFERENCE.pack_moe(router, parts, None), routing)
+    result = ops.grouped_gemm(x, ops.pack_moe(router, parts, None), routing)
+    # The hidden values are rounded to bfloat16 on both sides; a value at the edge may fall either way.
+    tolerance = 2.0**-8 / inner**0.5 + 8 * 2.0**-24 * (width + inner) ** 0.5
+    assert float((result - expected).abs().max()) <= tolerance * float(expected.abs().max())
+    clean(kernels, extension)
+
+
+def test_a_row_has_the_same_bits_in_any_batch(ops: CudaOps, extension: Path, kernels: ModuleType) -> None:
+    """Tiles of 16 and of 64 rows, and splits of other sequences, change nothing."""
+    g = torch.Generator().manual_seed(3)
+    experts, width, inner = 4, 128, 64
+    parts = [
+        tuple(noise(g, shape, torch.bfloat16, 0.1) for shape in ((inner, width), (inner, width), (width, inner)))
+        for _ in range(experts)
+    ]
+    moe = ops.pack_moe(torch.zeros(experts, width), parts, None)
+    x, logits = noise(g, (90, width), torch.bfloat16), torch.randn(90, experts, generator=g)
+    together = ops.grouped_gemm(x, moe, ops.moe_routing(logits, 2, True, 1.0))
+    for row in (0, 41, 89):
+        alone = ops.grouped_gemm(x[row : row + 1], moe, ops.moe_routing(logits[row : row + 1], 2, True, 1.0))
+        assert torch.equal(alone[0], together[row])
+    case = AttentionCase(
+        batch=Paged(((1, 300), (20, 500), (1, 7))), heads=4, kv_heads=2, head_dim=64, dtype=torch.bfloat16
+    )
+    q, keys, values, tables, starts, contexts = case.tensors()
+    together = ops.paged_attention(q, keys, values, tables, starts, contexts, 0.125)
+    for s in range(3):
+        rows = slice(int(starts[s]), int(starts[s + 1]))
+        one = torch.tensor([0, rows.stop - rows.start], dtype=torch.int32)
+        alone = ops.paged_attention(q[rows], keys, values, tables[s : s + 1], one, contexts[s : s + 1], 0.125)
+        assert torch.equal(alone, together[rows])
+    clean(kernels, extension)
+
+
+def test_packed_rows_hold_every_value() -> None:
+    values = torch.arange(-8, 8, dtype=torch.int8).repeat(2, 5)[:, :72]
+    for kind, per_byte in (("int8", 1), ("int4", 2)):
+        weight = QuantizedWeight(kind, values, torch.ones(2, 1), 72)  # type: ignore[arg-type]
+        packed, scales = pack_rows(weight)
+        assert packed.shape == (2, 128 // per_byte)
+        assert scales.shape == (2, 128 // (64 if kind == "int8" else 32))
+
+
+def test_a_token_without_a_place_is_left_out(ops: CudaOps, kernels: ModuleType) -> None:
+    """As on a device with rows that fill up a batch: no slot, or a position outside the table."""
+    kernels.set_options("forward")
+    g = torch.Generator().manual_seed(5)
+    qkv = noise(g, (4, 8 * 16), torch.bfloat16)
+    cache = torch.zeros(2, 2, 4, 2, 16, dtype=torch.bfloat16)
+    rope = rope_table(9, 16)
+    positions, slots = torch.tensor([3, 9, 2, -1]).int(), torch.tensor([-1, 1, 2, 3]).int()
+    out = torch.full((4, 4, 16), 7.0, dtype=torch.bfloat16)
+    ops.qk_norm_rope_store(qkv, positions, slots, rope, cache[0], cache[1], 4, out=out)
+    assert [bool((row == 7).all()) for row in out] == [True, True, False, True]
+    assert cache.view(2, 8, 32).abs().amax((0, 2)).bool().tolist() == [False, False, True, *[False] * 5]
+
+
+def small_call(ops: CudaOps, op: str) -> Any:
+    """One call of a kernel with sizes that are of no matter."""
+    case = next(case for case in shared_cases(ops) if case.op in (op, "moe_ffn" if op == "grouped_gemm" else op))
+    return case.bind(table(ops.kernels))
+
+
+@pytest.mark.parametrize("op", [*CUDA_OPS, "moe_routing"])
+def test_a_refused_launch_is_an_exception(op: str, ops: CudaOps, kernels: ModuleType) -> None:
+    call = (lambda: ops.moe_routing(torch.zeros(3, 8), 2, True, 1.0)) if op == "moe_routing" else small_call(ops, op)
+    kernels.set_options("forward", refusal="cudaErrorLaunchOutOfResources")
+    try:
+        with pytest.raises(RuntimeError, match="cudaErrorLaunchOutOfResources"):
+            call()
+    finally:
+        kernels.set_options("forward")
+    call()
+
+
+def test_sizes_that_a_kernel_cannot_take(kernels: ModuleType) -> None:
+    """Below the adapter's own checks."""
+    with pytest.raises(ValueError, match="1 to 256 experts"):
+        kernels.moe_routing(0, 1, 257, 8, False, 1.0, 0, 0, 0, 0, 0)
+
+
+def test_inputs_that_are_not_what_a_kernel_reads_are_refused(ops: CudaOps) -> None:
+    q = torch.zeros(1, 4, 16, dtype=torch.bfloat16)
+    cache = torch.zeros(2, 8, 2, 16, dtype=torch.bfloat16)
+    tables, starts, contexts = torch.zeros(1, 2).int(), torch.tensor([0, 1]).int(), torch.ones(1).int()
+    good = (q, cache, cache, tables, starts, contexts, 1.0)
+    assert ops.paged_attention(*good).shape == q.shape
+    wide = torch.zeros(2, 8, 2, 24, dtype=torch.bfloat16)[..., :16]
+    unaligned = torch.zeros(cache.numel() + 1, dtype=torch.bfloat16)[1:].view(cache.shape)
+    for place, bad in ((0, q.float()), (1, wide), (1, unaligned), (3, tables.long()), (5, torch.ones(2).int())):
+        with pytest.raises(ShapeError, match="paged_attention: "):
+            ops.paged_attention(*(bad if i == place else x for i, x in enumerate(good)))
+    with pytest.raises(ShapeError, match="int8 KV-cache"):
+        ops.paged_attention(*good, key_scales=torch.zeros(1))
+    experts = [tuple(torch.zeros(8, 8, dtype=torch.bfloat16) for _ in range(3)) for _ in range(3)]
+    with pytest.raises(ShapeError, match="2 experts for a router"):
+        ops.pack_moe(torch.zeros(3, 8), experts[:2], None)
+    experts[2] = tuple(quantized(torch.ones(8, 8, dtype=torch.bfloat16), "int8") for _ in range(3))  # type: ignore[assignment]
+    with pytest.raises(UnsupportedError, match="expert 2 is quantised in another way"):
+        ops.pack_moe(torch.zeros(3, 8), experts, None)
+
+
+@inner
+@pytest.mark.parametrize("variant", ["race", "asan"])
+def test_again_with(variant: str) -> None:
+    """The whole file on kernels built with the race detector, and with AddressSanitizer and UBSan."""
+    result = run_tests_with(build_extension(variant), str(Path(__file__)))
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
