@@ -68,7 +68,7 @@ KNOWN_CONFLICTS = {
         "a.permutation[starts[id] +",  # and read it there again
     ),
     "window_attention.cu": (
-        "terms_of(terms, row, a.size)[axis * a.size + key] = ",  # shifted by each query's own column, at most two to a bank
+        "terms_of(terms, row, a.size)[axis * a.size + key] = ",  # shifted by a query's own column, two to a bank
         "? s[n][e] * a.scale + term[",  # a read, where the keys of a warp pass from one row of the window to the next
     ),
 }
@@ -209,7 +209,7 @@ def test_a_token_without_a_place_is_left_out(ops: CudaOps, kernels: ModuleType) 
 
 def small_call(ops: CudaOps, op: str) -> Any:
     """One call of a kernel with sizes that are of no matter."""
-    case = next(case for case in shared_cases(ops) if case.op in (op, "moe_ffn" if op == "grouped_gemm" else op))
+    case = next(case for case in shared_cases(ops) if case.op == op and case.flops())  # one that is not empty
     return case.bind(table(ops.kernels))
 
 
