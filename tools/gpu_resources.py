@@ -2,7 +2,8 @@
 
     python tools/gpu_resources.py [--write]
 
-Needs triton, no GPU. Compiling all kernels for six targets takes a minute or two; build/triton-cache keeps the results.
+Needs triton, and nvcc for the part of the CUDA kernels, which else stays as it is; no GPU. Compiling all kernels for
+all targets takes some minutes; build/triton-cache and build/nvcc keep the results.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from gpu_static import table
+from gpu_static import cuda_launch, nvcc, table
 
 TABLE = Path(__file__).resolve().parents[1] / "docs" / "gpu-resources.md"
 
@@ -23,14 +24,21 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--write", action="store_true", help="write the table instead of comparing it")
     options = parser.parse_args(arguments)
+    before = TABLE.read_text(encoding="utf-8") if TABLE.is_file() else ""
     rows = table.collect()
     text = table.render(rows)
+    if nvcc.find() is None:
+        print("no nvcc on the PATH, and NVCC is not set: the part of the CUDA kernels is not looked at")
+        text += table.split(before)[1]
+    else:
+        units = nvcc.compile_all()
+        cuda = table.collect_cuda(units, cuda_launch.load(units))
+        rows, text = [*rows, *cuda], text + table.render_cuda(cuda)
     for problem in table.problems(rows):
         print(f"problem: {problem}")
     if options.write:
         TABLE.write_text(text, encoding="utf-8")
         return 0
-    before = TABLE.read_text(encoding="utf-8") if TABLE.is_file() else ""
     changed = list(
         difflib.unified_diff(before.splitlines(), text.splitlines(), "checked in", "compiled", lineterm="", n=0)
     )

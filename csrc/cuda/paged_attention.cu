@@ -143,7 +143,10 @@ __global__ void __launch_bounds__(kThreads) attend(const PagedAttentionArgs a, i
   constexpr int kPieceBytes = kPiece * D * 2, kWarpBytes = kStages * 2 * kPieceBytes;
   constexpr int kRecord = record_size(D);
   const int group = a.heads / a.kv_heads, kv_head = blockIdx.z, split = blockIdx.x;
-  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2;
+  const int lane = threadIdx.x & 31, g = lane >> 2;
+  // By a shuffle, so that the compiler sees one value for the warp: it takes the loop's shuffles for diverged
+  // otherwise, and calls a function of 8 bytes of stack for them on sm_89.
+  const int warp = __shfl_sync(kAll, static_cast<int>(threadIdx.x >> 5), 0);
   Tile tile;
   if (!find_tile(a, blockIdx.y, group, tile) || split >= tile.splits()) return;
 

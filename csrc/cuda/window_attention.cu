@@ -25,11 +25,20 @@ constexpr int kWarps = 4, kThreads = 32 * kWarps, kRows = 16 * kWarps, kStage = 
 struct Window {
   const bf16* base;  // of the view
   int top, left;     // of the window in the grid
+  uint32_t inverse;  // inverse_of(size)
 };
+
+// p / size for 0 <= p < size^2 as a product: exact, since p * (inverse * size - 2^24) <= size^3 stays below 2^24, and
+// without overflow, since p * inverse <= size * 2^24 + size^2 does below 2^32 (sizes up to 128).
+__device__ inline uint32_t inverse_of(int size) { return (1u << 24) / static_cast<uint32_t>(size) + 1u; }
+__device__ inline int row_of(int p, uint32_t inverse) {
+  return static_cast<int>((static_cast<uint32_t>(p) * inverse) >> 24);
+}
 
 // q, k or v (part 0, 1, 2) of one head at position p of the window; the padding's outside the grid.
 __device__ inline const bf16* value_at(const WindowAttentionArgs& a, const Window& w, int p, int part, int head) {
-  const int y = w.top + p / a.size, x = w.left + p % a.size, width = a.heads * a.head_dim;
+  const int row_in_window = row_of(p, w.inverse), width = a.heads * a.head_dim;
+  const int y = w.top + row_in_window, x = w.left + p - row_in_window * a.size;
   const bool inside = y < a.grid && x < a.grid;
   const bf16* row = inside ? w.base + (static_cast<int64_t>(y) * a.grid + x) * 3 * width : a.pad_qkv;
   return row + part * width + head * a.head_dim;
@@ -113,7 +122,8 @@ __global__ void __launch_bounds__(kThreads, 2) attend(const WindowAttentionArgs 
   const int positions = a.size * a.size, first_query = blockIdx.x * kRows, head = blockIdx.y;
   const int per_view = a.across * a.across, view = blockIdx.z / per_view, index = blockIdx.z % per_view;
   const int64_t width = static_cast<int64_t>(a.heads) * D, cells = static_cast<int64_t>(a.grid) * a.grid;
-  const Window w{a.qkv + view * cells * 3 * width, index / a.across * a.size, index % a.across * a.size};
+  const Window w{a.qkv + view * cells * 3 * width, index / a.across * a.size, index % a.across * a.size,
+                 inverse_of(a.size)};
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
   const int my_first = first_query + warp * 16;
 
@@ -156,7 +166,8 @@ __global__ void __launch_bounds__(kThreads, 2) attend(const WindowAttentionArgs 
           const int key = first + piece + 8 * n + 2 * t + (e & 1);
           const float* term = terms_of(terms, warp * 16 + g + 8 * (e >> 1), a.size);
           const bool seen = key < positions;
-          s[n][e] = seen ? s[n][e] * a.scale + term[key / a.size] + term[a.size + key % a.size] : -INFINITY;
+          const int row = row_of(key, w.inverse);
+          s[n][e] = seen ? s[n][e] * a.scale + term[row] + term[a.size + key - row * a.size] : -INFINITY;
         }
       soften<D>(s, run);
       uint32_t p[4], rest[4] = {};

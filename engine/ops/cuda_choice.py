@@ -11,7 +11,7 @@ from types import ModuleType
 from ..config import CUDA_OPS, parse_cuda_ops
 from ..errors import UnsupportedError
 
-BY_DEFAULT = ("window_attention", "moe_ffn")  # the reasons: docs/gpu-kernels.md
+BY_DEFAULT = ("moe_ffn",)  # the reasons: docs/gpu-kernels.md
 OPS_VARIABLE = "PAGELENS_CUDA_OPS"
 # What a choice brings along: the parts of a mixture of experts read each other's results and packed weights.
 WITH = {"moe_ffn": ("moe_routing", "grouped_gemm")}

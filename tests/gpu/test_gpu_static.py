@@ -56,7 +56,7 @@ def test_occupancy(target: str, registers: int, shared: int, warps: int, program
 
 
 def listing(*lines: str) -> list[tuple[int, str, str, str]]:
-    found = [(int(a, 16), n, m, o) for a, n, m, o in assembly._SASS.findall("\n".join(lines))]
+    found = assembly.sass("\n".join(lines))
     assert len(found) == len(lines)
     return found
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 import numpy as np
 import pytest
 import torch
@@ -181,6 +183,23 @@ def test_float_arithmetic() -> None:
             ),
             (a.astype(np.float64) * b + np.float32(0.1)).astype(np.float32),
         )
+
+
+def test_fused_multiply_add_rounded_down_and_up() -> None:
+    """Against exact fractions, where a float64 sum is exact and where it is not."""
+    big = RNG.standard_normal((3, 200)).astype(np.float32) * np.float32(2.0) ** RNG.integers(-40, 40, (3, 200))
+    edges = np.array([[1, 1, 3, 2.0**-30, 0], [1, 1, 0.5, 2.0**-40, 5], [-1, 2.0**-60, -(2.0**-70), 1, 0]], np.float32)
+    a, b, c = np.concatenate([big.astype(np.float32), edges, -edges], 1)
+    for mode, worse in (("rm", np.less_equal), ("rp", np.greater_equal)):
+        found = elementwise(f"fma.{mode}.f32 {{o}}, {{0}}, {{1}}, {{2}};", [a, b, c], np.float32)
+        beyond = np.nextafter(found, np.float32(np.inf if mode == "rm" else -np.inf))
+        for x, y, z, got, next_one in zip(*(v.tolist() for v in (a, b, c, found, beyond))):
+            exact = Fraction(x) * Fraction(y) + Fraction(z)
+            assert worse(Fraction(got), exact)
+            assert not worse(Fraction(next_one), exact)
+    one = np.ones(1, np.float32)
+    assert np.signbit(elementwise("fma.rm.f32 {o}, {0}, {0}, {1};", [one, -one], np.float32)[0])
+    assert not np.signbit(elementwise("fma.rp.f32 {o}, {0}, {0}, {1};", [one, -one], np.float32)[0])
 
 
 def test_subnormals_are_flushed_only_where_asked() -> None:

@@ -180,6 +180,25 @@ DONE:
         per_thread(body, 64)
 
 
+def test_threads_that_come_to_a_barrier_from_behind() -> None:
+    """The second warp passes the first, which waits, and goes back to where it waits."""
+    body = """
+    setp.lt.u32 %p1, %r0, 32;
+    @%p1 bra MEET;
+    bra.uni LATER;
+BEFORE:
+    mov.u32 %r8, 2;
+MEET:
+    bar.sync 0;
+    mov.u32 %r9, 1;
+    bra.uni DONE;
+LATER:
+    bra.uni BEFORE;
+DONE:
+    """
+    assert per_thread(body, 64) == [1] * 64
+
+
 def test_an_endless_loop_is_stopped() -> None:
     with pytest.raises(Deadlock, match="steps"):
         per_thread("LOOP:\nbra.uni LOOP;")

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import tempfile
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
-from .compiled import Compiled, setup
+from .compiled import Compiled
 
 # Classes of instructions that the table counts, by the first part of their names.
 TENSOR = ("HMMA", "IMMA", "QMMA", "HGMMA", "IGMMA", "QGMMA", "UTCHMMA", "UTCQMMA", "UTCIMMA", "OMMA", "DMMA")
@@ -43,6 +45,12 @@ class Resources:
     def loop_length(self) -> int:
         return sum(self.loop.values())
 
+    @property
+    def tensor_share(self) -> float:
+        """Of the hot loop's instructions; 0 without a loop."""
+        tensor = sum(n for name, n in self.loop.items() if name in TENSOR or "mfma" in name)
+        return tensor / self.loop_length if self.loop else 0.0
+
 
 def read(compiled: Compiled) -> Resources:
     return read_amd(compiled) if compiled.target.startswith("gfx") else read_nvidia(compiled)
@@ -50,7 +58,16 @@ def read(compiled: Compiled) -> Resources:
 
 @cache
 def tool(name: str) -> str:
-    return str(Path(setup().__file__).parent / "backends" / "nvidia" / "bin" / name)
+    """cuobjdump of the triton package, or of a CUDA toolkit on the PATH."""
+    package = find_spec("triton")
+    if package is not None and package.origin is not None:
+        shipped = Path(package.origin).parent / "backends" / "nvidia" / "bin" / name
+        if shipped.is_file():
+            return str(shipped)
+    found = shutil.which(name)
+    if found is None:
+        raise FileNotFoundError(f"{name} is neither in the triton package nor on the PATH")
+    return found
 
 
 def run_tool(*arguments: str) -> str:
@@ -58,35 +75,64 @@ def run_tool(*arguments: str) -> str:
 
 
 _SASS = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)((?:\.[\w]+)*)([^;]*);", re.M)
+_FUNCTION = re.compile(r"^\s*Function : (\S+)$", re.M)
+_USAGE = re.compile(r"Function ([^\s:]+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+)")
+Line = tuple[int, str, str, str]  # address, name, modifiers, operands
+
+
+@dataclass(frozen=True)
+class Code:
+    """One kernel of a cubin. shared: bytes of its static variables."""
+
+    registers: int
+    stack: int
+    shared: int
+    lines: list[Line]
+
+
+def read_cubin(path: str) -> dict[str, Code]:
+    """The kernels of a cubin, if any, by their (mangled) names."""
+    usage = {m[1]: m for m in _USAGE.finditer(run_tool(tool("cuobjdump"), "-res-usage", path))}
+    _, *parts = _FUNCTION.split(run_tool(tool("cuobjdump"), "-sass", path))
+    listings = dict(zip(parts[::2], parts[1::2]))
+    if set(usage) != set(listings):
+        raise ValueError(f"cuobjdump printed resources of {sorted(usage)} and code of {sorted(listings)} in {path}")
+    return {
+        name: Code(int(found[2]), int(found[3]), int(found[4]), sass(listings[name])) for name, found in usage.items()
+    }
+
+
+def sass(listing: str) -> list[Line]:
+    return [(int(m[1], 16), m[2], m[3], m[4]) for m in _SASS.finditer(listing)]
 
 
 def read_nvidia(compiled: Compiled) -> Resources:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        usage = run_tool(tool("cuobjdump"), "-res-usage", file.name)
-        listing = run_tool(tool("cuobjdump"), "-sass", file.name)
-    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
-    if not found:
-        raise ValueError(f"cuobjdump printed no resource usage of {compiled.name}: {usage[:200]!r}")
-    code = [(int(m[1], 16), m[2], m[3], m[4]) for m in _SASS.finditer(listing)]
-    counts = Counter(name for _, name, _, _ in code)
+        (code,) = read_cubin(file.name).values()
+    return resources_of(code, compiled.shared, compiled.num_warps)
+
+
+def resources_of(code: Code, shared: int, warps: int) -> Resources:
+    """shared: bytes a program, static variables included."""
+    counts = Counter(name for _, name, _, _ in code.lines)
     return Resources(
-        registers=int(found[1]),
+        registers=code.registers,
         accumulators=0,
-        stack=int(found[2]),
-        shared=compiled.shared,
-        warps=compiled.num_warps,
+        stack=code.stack,
+        shared=shared,
+        warps=warps,
         instructions=sum(counts.values()),
         tensor=sum(counts[name] for name in TENSOR),
         copies=sum(counts[name] for name in COPY),
-        wide_copies=sum(1 for _, name, mods, _ in code if name in COPY and (name != "LDGSTS" or ".128" in mods)),
+        wide_copies=sum(1 for _, name, mods, _ in code.lines if name in COPY and (name != "LDGSTS" or ".128" in mods)),
         spills=sum(counts[name] for name in SPILL),
-        loop=hot_loop(code),
+        loop=hot_loop(code.lines),
     )
 
 
-def hot_loop(code: list[tuple[int, str, str, str]]) -> dict[str, int]:
+def hot_loop(code: list[Line]) -> dict[str, int]:
     """Instructions between a backward branch and its target: of the innermost such loops the one with most tensor
     instructions, then the longest."""
     at = {address: index for index, (address, *_) in enumerate(code)}

@@ -1,4 +1,7 @@
-"""docs/gpu-resources.md is what the compilers say; no chosen configuration spills or misses its tensor cores."""
+"""docs/gpu-resources.md is what Triton's compilers say; no chosen configuration spills or misses its tensor cores.
+
+The part of the CUDA kernels is compared in tests/nvcc/test_compile.py.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ def rows() -> list[table.Row]:
 
 def test_the_table_is_up_to_date(rows: list[table.Row]) -> None:
     written = gpu_resources.TABLE.read_text(encoding="utf-8")
-    assert table.render(rows) == written, "run: python tools/gpu_resources.py --write"
+    assert table.render(rows) == table.split(written)[0], "run: python tools/gpu_resources.py --write"
 
 
 def test_chosen_configurations(rows: list[table.Row]) -> None:

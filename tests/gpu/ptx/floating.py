@@ -84,9 +84,31 @@ def arithmetic(d: Decoder) -> Run:
     return elementwise(result(d, kind, ftz, saturate), function, *operands(d, kind, ftz, 1, 2))
 
 
+def fused_down(a: Array, b: Array, c: Array) -> Array:
+    """a * b + c of float32 values, rounded to the next float32 below: exact, also where float64 rounds the sum."""
+    product, c = a.astype(np.float64) * b, c.astype(np.float64)
+    total = product + c
+    part = total - product
+    rest = (product - (total - part)) + (c - part)  # what the addition rounded away (Knuth's TwoSum)
+    near = total.astype(np.float32)
+    near = np.where((near > total) | ((near == total) & (rest < 0)), np.nextafter(near, np.float32(-np.inf)), near)
+    zero = np.where(np.signbit(product) | np.signbit(c), np.float32(-0.0), np.float32(0.0))  # x - x is -0 here
+    return np.where(total == 0, zero, near)
+
+
+DIRECTED: dict[str, Callable[[Array, Array, Array], Array]] = {
+    "rm": fused_down,
+    "rp": lambda a, b, c: -fused_down(-a, b, -c),
+}
+
+
 @opcode("fma")
 def fused(d: Decoder) -> Run:
     kind = d.type(*SCALAR, *PACKED)
+    if kind == "f32" and (direction := d.take(*DIRECTED)):
+        ftz = d.flag("ftz")
+        d.count(4)
+        return elementwise(result(d, kind, ftz, d.flag("sat")), DIRECTED[direction], *operands(d, kind, ftz, 1, 3))
     d.need("rn")
     ftz = d.flag("ftz")
     saturate = d.flag("sat")

@@ -128,8 +128,8 @@ class Machine:
         pc = int(self.pc[ready].min())
         group = self.alive & (self.pc == pc)
         self.parked &= ~group
-        others = ready & ~group
-        limit = int(self.pc[others].min()) if others.any() else len(self.program.code)
+        others = self.pc[self.alive & (self.pc > pc)]  # ready, or waiting for lanes of this group to come by
+        limit = int(others.min()) if others.size else len(self.program.code)
         mask: Mask = None if group.all() else group
         code = self.program.code
         while True:
