@@ -147,8 +147,8 @@ def window_attention(
     w_pad, padded = triton.next_power_of_2(size), max(16, triton.next_power_of_2(head_dim))
     # A whole row of a window is at least as long as w_pad: the queries give way.
     wide = padded * qkv.element_size() // (64 * 2) * max(1, w_pad // 64)
-    config = fitted(config, qkv.device, "BLOCK_M", wide if w_pad <= 64 else 2 * wide)
-    if w_pad > 64:  # two such blocks of keys and of values do not fit into 64 KiB
+    config = fitted(config, qkv.device, "BLOCK_M", wide)
+    if w_pad > 64:  # the tables of both axes fill most of the shared memory already
         config = Config(config.sizes, {**config.options, "num_stages": 1})
     block_n = max(config.sizes["BLOCK_N"], w_pad, 16)
     start(
