@@ -109,9 +109,23 @@ PAGELENS_INLINE const uint32_t* next_slab(const PackedLinear& w, const Block& b,
   return panel + 1 < w.panels() ? weight + (panel + 1) * w.panel_words() : nullptr;
 }
 
+// Tiles of a block of plain weights. The first tile over a slab waits for memory unless an earlier one has fetched it,
+// so 5 rows and more are two tiles at least: one tile of 14 rows takes as long as two of 8.
+PAGELENS_INLINE int64_t tiles_of(const PackedLinear& w, int64_t rows) {
+  const int64_t least = ceil_div(rows, kMaxTileRows);
+  return kTileFetches && !w.quantized() && least == 1 && rows > 4 ? 2 : least;
+}
+
+// Each of the first two tiles over a slab fetches half of what comes next, spread over its products: fetched before
+// them, in one burst, it takes as long as if it were not fetched.
+PAGELENS_INLINE Fetch fetch_of_tile(const uint32_t* next, const uint32_t* here, int64_t groups, int64_t t) {
+  if (!next || t >= 2) return {here, 0};
+  return {next + t * groups * kPanel / 2, 64};
+}
+
 template <class Epilogue>
 inline void run_block(const Problem& p, const Block& b, const uint32_t* a, float* sums, Epilogue& epilogue) {
-  const int64_t words = words_a_row(p.weight), groups = p.weight.groups(), tiles = ceil_div(b.rows, kMaxTileRows);
+  const int64_t words = words_a_row(p.weight), groups = p.weight.groups(), tiles = tiles_of(p.weight, b.rows);
   const int64_t words_a_group = groups ? words / groups : 1;
   const int64_t passes = std::max<int64_t>(ceil_div(groups, b.rows > kMaxTileRows ? kGroupsAPass : groups + 1), 1);
   const uint32_t* weight = static_cast<const uint32_t*>(p.weight.weight);
@@ -125,7 +139,8 @@ inline void run_block(const Problem& p, const Block& b, const uint32_t* a, float
         const int64_t r0 = tile_start(b.rows, tiles, t);
         const int R = static_cast<int>(tile_start(b.rows, tiles, t + 1) - r0);
         float* acc = sums + (passes > 1 ? ((panel - b.panel) * b.rows + r0) * kPanel : 0);
-        tile_fn(p.weight.dtype, R)(a + r0 * words + g0 * words_a_group * R, w, g1 - g0, acc, pass == 0);
+        tile_fn(p.weight.dtype, R)(a + r0 * words + g0 * words_a_group * R, w, g1 - g0, acc, pass == 0,
+                                   fetch_of_tile(next, w, g1 - g0, t));
         if (pass + 1 == passes) epilogue(b, b.row + r0, R, panel, acc);
       }
     }
@@ -256,7 +271,7 @@ inline void gemm(ThreadPool& pool, const Problem* problems, int64_t num_problems
     if (b.rows == 1 && lies_packed(p.x, p.weight)) {
       a = static_cast<const uint32_t*>(p.x.row(b.row));
     } else if (!is_packed) {
-      const int64_t tiles = ceil_div(b.rows, kMaxTileRows), width = words_a_row(p.weight);
+      const int64_t tiles = tiles_of(p.weight, b.rows), width = words_a_row(p.weight);
       for (int64_t t = 0; t < tiles; t++) {
         const int64_t r0 = tile_start(b.rows, tiles, t), r1 = tile_start(b.rows, tiles, t + 1);
         pack_tile(p.x, p.weight, b.row + r0, static_cast<int>(r1 - r0), packed + r0 * width,

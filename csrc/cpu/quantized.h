@@ -242,7 +242,7 @@ inline void run_quantized_block(const PackedLinear& w, const Block& b, const uin
           const int64_t r0 = tile_start(b.rows, tiles, t);
           const int R = static_cast<int>(tile_start(b.rows, tiles, t + 1) - r0);
           tile_fn(tile, R)(a + r0 * words + k0 / k_a_step * R, slab, (k1 - k0) / k_a_step, acc + r0 * kPanel,
-                           k0 == first);
+                           k0 == first, {slab, 0});
         }
       }
       add_group(w, panel, g, b.rows, acc, sides, total);

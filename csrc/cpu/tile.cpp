@@ -42,14 +42,18 @@ PAGELENS_INLINE void store_sums(const vf (&c)[R][NV], float* acc) {
 
 // The three functions below are leaves that are never inlined: inside larger code GCC spills their accumulators.
 template <int R>
-__attribute__((noinline)) void tile_f32(const void* a_, const void* w_, int64_t groups, float* acc, bool first) {
+__attribute__((noinline)) void tile_f32(const void* a_, const void* w_, int64_t groups, float* acc, bool first,
+                                        const Fetch& fetch) {
   constexpr int NV = vectors_a_pass(R);
   for (int pass = 0; pass < kVectors / NV; pass++) {
     const float* a = static_cast<const float*>(a_);
     const float* w = static_cast<const float*>(w_) + pass * NV * W;
+    [[maybe_unused]] const char* ahead = static_cast<const char*>(fetch.from);
+    const int64_t step = kTileFetches ? fetch.step : 0;
     vf c[R][NV];
     load_sums<R, NV>(c, acc + pass * NV * W, first);
-    for (int64_t g = 0; g < groups; g++, a += R, w += kPanel) {
+    for (int64_t g = 0; g < groups; g++, a += R, w += kPanel, ahead += step) {
+      if constexpr (kTileFetches) __builtin_prefetch(ahead, 0, 2);
       vf b[NV];
       PAGELENS_UNROLL for (int v = 0; v < NV; v++) b[v] = load(w + v * W);
       PAGELENS_UNROLL for (int r = 0; r < R; r++) {
@@ -63,12 +67,16 @@ __attribute__((noinline)) void tile_f32(const void* a_, const void* w_, int64_t 
 
 #ifdef PAGELENS_ISA_AVX512_BF16
 template <int R>
-__attribute__((noinline)) void tile_bf16(const void* a_, const void* w_, int64_t groups, float* acc, bool first) {
+__attribute__((noinline)) void tile_bf16(const void* a_, const void* w_, int64_t groups, float* acc, bool first,
+                                         const Fetch& fetch) {
   const uint32_t* a = static_cast<const uint32_t*>(a_);
   const float* w = static_cast<const float*>(w_);
+  const char* ahead = static_cast<const char*>(fetch.from);
+  const int64_t step = fetch.step;
   vf c[R][kVectors];
   load_sums<R, kVectors>(c, acc, first);
-  for (int64_t g = 0; g < groups; g++, a += R, w += kPanel) {
+  for (int64_t g = 0; g < groups; g++, a += R, w += kPanel, ahead += step) {
+    if constexpr (kTileFetches) __builtin_prefetch(ahead, 0, 2);
     vf b[kVectors];
     PAGELENS_UNROLL for (int v = 0; v < kVectors; v++) b[v] = load(w + v * W);
     PAGELENS_UNROLL for (int r = 0; r < R; r++) {
@@ -83,14 +91,18 @@ __attribute__((noinline)) void tile_bf16(const void* a_, const void* w_, int64_t
 #else
 // The even element of every pair first, then the odd one; both are exact in float32.
 template <int R>
-__attribute__((noinline)) void tile_bf16(const void* a_, const void* w_, int64_t groups, float* acc, bool first) {
+__attribute__((noinline)) void tile_bf16(const void* a_, const void* w_, int64_t groups, float* acc, bool first,
+                                         const Fetch& fetch) {
   constexpr int NV = vectors_a_pass(R);
   for (int pass = 0; pass < kVectors / NV; pass++) {
     const float* a = static_cast<const float*>(a_);
     const uint32_t* w = static_cast<const uint32_t*>(w_) + pass * NV * W;
+    [[maybe_unused]] const char* ahead = static_cast<const char*>(fetch.from);
+    const int64_t step = kTileFetches ? fetch.step : 0;
     vf c[R][NV];
     load_sums<R, NV>(c, acc + pass * NV * W, first);
-    for (int64_t g = 0; g < groups; g++, a += 2 * R, w += kPanel) {
+    for (int64_t g = 0; g < groups; g++, a += 2 * R, w += kPanel, ahead += step) {
+      if constexpr (kTileFetches) __builtin_prefetch(ahead, 0, 2);
       vf b[NV];
       PAGELENS_UNROLL for (int v = 0; v < NV; v++) b[v] = (vf)(load_as<vu>(w + v * W) << 16);
       PAGELENS_UNROLL for (int r = 0; r < R; r++) {

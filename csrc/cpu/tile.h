@@ -34,8 +34,18 @@ PAGELENS_INLINE int64_t words_a_row(const PackedLinear& w) {
   return w.dtype == DType::bf16 && !kBf16Dot ? 2 * w.groups() : w.groups();
 }
 
+// Whether tiles fetch what comes next while they multiply. AVX2 has no register left for the pointer: it spilled a sum.
+constexpr bool kTileFetches = W == 16;
+
+// What such a tile fetches into the second cache: a line a group of K, `step` bytes apart. Where nothing is to be
+// fetched, a line that is read anyway and a step of 0: that costs less than a branch.
+struct Fetch {
+  const void* from;
+  int64_t step;
+};
+
 // a: packed rows [words][R]; w: `groups` groups of one panel; acc: [R][32], overwritten if `first`, else added to.
-using TileFn = void (*)(const void* a, const void* w, int64_t groups, float* acc, bool first);
+using TileFn = void (*)(const void* a, const void* w, int64_t groups, float* acc, bool first, const Fetch& fetch);
 TileFn tile_fn(DType weight_dtype, int rows);  // 1 <= rows <= kMaxTileRows
 
 // Rows of a matrix, or those that `index` names: row i is base + (index ? index[i] / divisor : i) * stride. With `taps`
@@ -65,10 +75,9 @@ PAGELENS_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b;
 // Rows of tile t of `tiles` in a block: as equal as they can be.
 PAGELENS_INLINE int64_t tile_start(int64_t rows, int64_t tiles, int64_t t) { return rows * t / tiles; }
 
-// Fetches part t of `parts` of the weights that come next into the second cache: the first tile over them would
-// otherwise run at the speed of memory. Null: nothing comes next.
+// Where tiles do not: fetches part t of `parts` of the weights that come next, before tile t. Null: nothing comes next.
 PAGELENS_INLINE void fetch_part(const void* next, int64_t bytes, int64_t t, int64_t parts) {
-  if (!next) return;
+  if (kTileFetches || !next) return;
   const char* from = static_cast<const char*>(next);
   for (int64_t i = bytes * t / parts & ~int64_t{63}; i < bytes * (t + 1) / parts; i += 64)
     __builtin_prefetch(from + i, 0, 2);
