@@ -1,7 +1,8 @@
 """Build of pagelens. The folders engine/ and kernels/ are the packages `pagelens` and `pagelens.kernels`.
 
-One pybind11 extension, `pagelens._native`, is built from csrc/; no torch header is included. Each kernel source in
-csrc/cpu is compiled once per instruction set (the flags are below) and chosen at run time.
+One pybind11 extension, `pagelens._native`, is built from csrc/, and on demand `pagelens._cuda` (cuda_modules); no torch
+header is included. Each kernel source in csrc/cpu is compiled once per instruction set (the flags are below) and chosen
+at run time.
 """
 
 from __future__ import annotations
@@ -95,9 +96,14 @@ CUDA_TARGETS = ("80", "86", "89", "90", "100", "120")
 NVCC_FLAGS = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden"]
 
 
-def cuda_wanted() -> bool:
-    """PAGELENS_CUDA=1 adds pagelens._cuda; it needs nvcc on the PATH (or NVCC), and no GPU."""
-    return os.environ.get("PAGELENS_CUDA", "0") not in ("", "0")
+def cuda_modules() -> list[str]:
+    """What PAGELENS_CUDA adds: 1 is pagelens._cuda, which needs nvcc on the PATH (or NVCC), and no GPU; sim is
+    pagelens._cuda_sim, the same kernels for the CPU by the C++ compiler, for tests."""
+    wanted = os.environ.get("PAGELENS_CUDA", "") or "0"
+    known = {"0": [], "1": ["_cuda"], "sim": ["_cuda_sim"]}
+    if wanted not in known:
+        raise SystemExit(f"PAGELENS_CUDA={wanted!r} is not one of {', '.join(known)}")
+    return known[wanted]
 
 
 def nvcc() -> str:
@@ -113,6 +119,8 @@ class BuildNative(build_ext):
     def build_extension(self, ext: Extension) -> None:
         if ext.name == "pagelens._cuda":
             self.build_cuda(ext)
+        elif ext.name == "pagelens._cuda_sim":
+            self.build_cuda_sim(ext)
         else:
             self.build_cpu(ext)
 
@@ -135,6 +143,18 @@ class BuildNative(build_ext):
         self.compile_all(jobs)
         target = self.target(ext)
         self.run_link([nvcc(), "-shared", "-cudart", "static", *(str(obj) for _, obj in jobs), "-o", str(target)])
+
+    def build_cuda_sim(self, ext: Extension) -> None:
+        """Kernels and the runtime of csrc/simt, by the C++ compiler."""
+        import pybind11
+
+        include = ["-I", str(CSRC), "-I", pybind11.get_include(), "-I", sysconfig.get_paths()["include"]]
+        flags = [*CXX_FLAGS, "-Wno-unknown-pragmas", *include, "-DPAGELENS_MODULE=_cuda_sim", "-x", "c++"]
+        sources = [path for part in ("cuda", "simt") for path in sorted((CSRC / part).glob("*.c*"))]
+        jobs = [self.job(source, OBJECTS / "cuda_sim", flags) for source in sources]
+        self.compile_all(jobs)
+        objects = [str(obj) for _, obj in jobs]
+        self.run_link([*compiler(), "-shared", *objects, "-ldl", "-o", str(self.target(ext))])
 
     def build_cpu(self, ext: Extension) -> None:
         import pybind11
@@ -218,7 +238,10 @@ setup(
     exclude_package_data={"pagelens": ["*.so"]},
     ext_modules=[
         Extension("pagelens._native", [str(path) for path in sorted(CSRC.glob("**/*.cpp"))]),
-        *([Extension("pagelens._cuda", [str(path) for path in sorted(CSRC.glob("cuda/*"))])] if cuda_wanted() else []),
+        *(
+            Extension(f"pagelens.{name}", [str(path) for path in sorted(CSRC.glob("cuda/*"))])
+            for name in cuda_modules()
+        ),
     ],
     cmdclass={"build_ext": BuildNative},
 )

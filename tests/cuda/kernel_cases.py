@@ -81,7 +81,11 @@ def run_tests_with(extension: Path, *tests: str) -> subprocess.CompletedProcess[
     """pytest in a process of its own on another build of the kernels; one built with ASan needs its library first."""
     environment = {**os.environ, BUILT: str(extension), "ASAN_OPTIONS": "detect_leaks=0"}
     if "asan" in extension.parent.name:
-        library = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True)
-        environment["LD_PRELOAD"] = library.stdout.strip()
+        # Python loads the C++ library late: without it ASan would not find what to call for a thrown exception.
+        libraries = [
+            subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout
+            for name in ("libasan.so", "libstdc++.so")
+        ]
+        environment["LD_PRELOAD"] = " ".join(library.strip() for library in libraries)
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-s", *tests]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)

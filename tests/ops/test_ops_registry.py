@@ -133,7 +133,7 @@ def test_the_real_native_backend_runs_the_decoder() -> None:
 
 
 def test_unknown_names() -> None:
-    with pytest.raises(ConfigError, match="backend='cuda' is not one of auto, reference, native"):
-        resolve_ops("cuda")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="backend='gpu' is not one of auto, reference, native"):
+        resolve_ops("gpu")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="unknown op 'softmax'"):
         resolve_ops("auto", [OpCase("softmax", torch.float32)])
