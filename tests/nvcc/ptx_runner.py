@@ -10,11 +10,12 @@ import ctypes
 import re
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import torch
-from cuda.kernel_cases import cuda_ops
+from cuda.kernel_cases import table
 from gpu.ptx.decode import Program
 from gpu.ptx.launch import Report, compile_ptx, launch
 from gpu.ptx.memory import GlobalMemory
@@ -22,8 +23,6 @@ from gpu_static.cuda_launch import CudaLaunch, Kernels
 from gpu_static.nvcc import Unit
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-
-from pagelens.ops.cuda import CudaOps
 
 Change = Callable[[str], str]
 
@@ -74,10 +73,10 @@ class PtxRunner:
         self.reports: list[tuple[str, Report]] = []
         self.storages = Storages()
 
-    def __call__(self, work: Callable[[CudaOps], Any]) -> Any:
-        """work(ops) with the CUDA backend, its launches run from PTX. Raises PtxError."""
+    def __call__(self, work: Callable[[Any], Any], ops: Callable[[ModuleType], Any] = table) -> Any:
+        """work(ops(module)), by default of a table of all ops, with the launches run from PTX. Raises PtxError."""
         with self.kernels.handled_by(self.launch) as module, self.storages:
-            return work(cuda_ops(module))
+            return work(ops(module))
 
     def program(self, name: str) -> Program:
         text = next(text for stem, text in self.texts.items() if f"{stem}_cu" in name)

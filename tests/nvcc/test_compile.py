@@ -37,11 +37,11 @@ LEAST_SHARE = {
     "window_attention: attend<32>": 2.5,
     "window_attention: attend<64>": 4.4,
     "window_attention: attend<80>": 5.1,
-    "paged_attention: attend<16>": 2.1,
-    "paged_attention: attend<32>": 3.1,
-    "paged_attention: attend<64>": 4.6,
-    "paged_attention: attend<96>": 5.0,
-    "paged_attention: attend<128>": 5.6,
+    "paged_attention: attend<16>": 2.0,
+    "paged_attention: attend<32>": 3.4,
+    "paged_attention: attend<64>": 4.3,
+    "paged_attention: attend<96>": 5.1,
+    "paged_attention: attend<128>": 5.3,
 }
 
 

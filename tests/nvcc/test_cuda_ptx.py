@@ -48,7 +48,7 @@ def test_shared_cases(units: list[Unit], launches: Kernels, name: str) -> None:
 def test_routing_is_the_reference_with_ties(units: list[Unit], launches: Kernels, experts: int) -> None:
     logits = torch.randn(33, experts, generator=torch.Generator().manual_seed(experts)).round()
     expected = REFERENCE.moe_routing(logits, 4, True, 2.5)
-    result = PtxRunner(launches, units)(lambda ops: ops.moe_routing(logits.clone(), 4, True, 2.5))
+    result = PtxRunner(launches, units)(lambda ops: ops.moe_routing(logits.clone(), 4, True, 2.5), cuda_ops)
     for name in ("expert_ids", "offsets", "permutation"):
         assert torch.equal(getattr(result, name), getattr(expected, name))
     torch.testing.assert_close(result.weights, expected.weights, rtol=1e-6, atol=1e-7)
@@ -74,7 +74,7 @@ def test_quantised_experts(units: list[Unit], launches: Kernels, kind: str, rows
         own = ops.moe_routing(logits.clone(), 2, True, 1.0)
         return ops.grouped_gemm(x.clone(), ops.pack_moe(router.clone(), parts, None), own)
 
-    result = PtxRunner(launches, units)(work)
+    result = PtxRunner(launches, units)(work, cuda_ops)
     tolerance = 2.0**-8 / inner**0.5 + 8 * 2.0**-24 * (width + inner) ** 0.5
     assert float((result - expected).abs().max()) <= tolerance * float(expected.abs().max())
 
