@@ -6,7 +6,9 @@ what they share reaches them too.
 
 from __future__ import annotations
 
+import ast
 import importlib.util
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +27,8 @@ from ops.vision_cases import ConvDownsampleCase, PatchEmbedCase, SequenceAttenti
 
 import pagelens.kernels as kernels
 from pagelens.kernels.interpreter.checks import KernelCheckError, checked
+from pagelens.kernels.launch import Config
+from pagelens.kernels.tuning import forced_config
 from pagelens.ops.reference import ReferenceOps
 from pagelens.ops.triton import TritonOps
 from pagelens.ops.triton_sampling import RowChoice
@@ -228,11 +232,41 @@ def problem_of(case: Case, ops: Any) -> str | None:
     return difference(result, case.bind(ReferenceOps())(), case)
 
 
+def functions_of(module: str, text: str) -> set[str]:
+    """Names of the functions of a module whose source holds `text`."""
+    source = Path(kernels.__path__[0], f"{module}.py").read_text(encoding="utf-8")
+    tree = [node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)]
+    return {node.name for node in tree if text.strip() in str(ast.get_source_segment(source, node))}
+
+
 def test_every_kernel_has_a_mutant() -> None:
-    files = Path(kernels.__path__[0]).glob("*.py")
-    with_kernels = {path.stem for path in files if "\n@triton.jit" in path.read_text(encoding="utf-8")}
-    assert len(with_kernels) > 10
-    assert {mutant.module for mutant in MUTANTS} | {"sample"} >= with_kernels  # sample: below
+    paths = Path(kernels.__path__[0]).glob("*.py")
+    all_kernels = {
+        name for path in paths for name in re.findall(r"def (\w+_kernel)\(", path.read_text(encoding="utf-8"))
+    }
+    assert len(all_kernels) > 15
+    edits = [(mutant.module, mutant.old) for mutant in MUTANTS]
+    edits += [("sample", old) for old, _ in SAMPLE_MUTANTS] + [("linear", old) for old, _ in PARTS_MUTANTS]
+    mutated_functions = {name for module, old in edits for name in functions_of(module, old)}
+    # A helper that several kernels share stands for none of them; those of one kernel stand for it.
+    own = {"round_to_even": "round_rows_kernel"}
+    found = mutated_functions | {own[name] for name in mutated_functions if name in own}
+    assert found >= all_kernels, all_kernels - found
+
+
+PARTS_MUTANTS = [
+    ("for part in range(SPLIT_K):", "for part in range(SPLIT_K - 1):"),
+    ("PARTS + (part * M + rows)", "PARTS + (part + rows)"),
+]
+
+
+@pytest.mark.parametrize(("old", "new"), PARTS_MUTANTS)
+def test_a_fault_in_sums_of_parts_is_caught(old: str, new: str, triton_ops: TritonOps, tmp_path: Path) -> None:
+    parts = Config.make(BLOCK_M=16, BLOCK_N=32, BLOCK_K=32, SPLIT_K=3)
+    with forced_config("linear", parts):
+        assert problem_of(LINEAR, triton_ops) is None
+        with mutated("linear", old, new, tmp_path):
+            assert problem_of(LINEAR, triton_ops) is not None
 
 
 @pytest.mark.parametrize("case", {mutant.case.id: mutant.case for mutant in MUTANTS}.values(), ids=lambda case: case.id)
