@@ -14,7 +14,9 @@ from typing import Any
 
 import torch
 from helpers.simt_build import ROOT
-from ops.cases import SMALL, Case, Int8AttentionCase, Int8RopeCase, difference
+from ops.cache_cases import Int8AttentionCase, Int8RopeCase
+from ops.case import Case, difference
+from ops.cases import SMALL
 from ops.vision_cases import SMALL_VISION
 
 from pagelens.ops import OP_NAMES

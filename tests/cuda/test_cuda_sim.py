@@ -27,7 +27,8 @@ from cuda.kernel_cases import (
     table,
 )
 from helpers.simt_build import COMMON, ROOT, build_extension, run
-from ops.cases import AttentionCase, Paged, noise, rope_table
+from ops.cache_cases import AttentionCase, Paged, rope_table
+from ops.case import noise
 
 from pagelens.config import CUDA_OPS
 from pagelens.errors import ShapeError, UnsupportedError

@@ -9,7 +9,9 @@ import pytest
 import torch
 from cuda.kernel_cases import compare, load, run_tests_with, table
 from helpers.simt_build import ROOT, build_extension
-from ops.cases import AttentionCase, Case, MoeCase, Paged, RopeCase
+from ops.cache_cases import AttentionCase, Paged, RopeCase
+from ops.case import Case
+from ops.cases import MoeCase
 from ops.vision_cases import ConvDownsampleCase, WindowAttentionCase
 
 BF16 = torch.bfloat16

@@ -17,7 +17,7 @@ from gpu.ptx.errors import Hazard, PtxError
 from gpu_static.cuda_launch import Kernels
 from gpu_static.nvcc import Unit
 from nvcc.ptx_runner import PtxRunner, kernel_of
-from ops.cases import Case, difference, noise
+from ops.case import Case, difference, noise
 
 from pagelens.ops.cuda import CudaOps
 from pagelens.quantization import QuantizedWeight, quantize
