@@ -85,7 +85,7 @@ def grouped_gemm(tokens: int, kind: str) -> CudaWork:
         workload = replace(workload, name=f"{workload.name}, {kind}", bytes=moved)
 
     def call(module: ModuleType) -> None:
-        module.grouped_gemm(0, tokens, width, inner, experts, top_k, kind, *[0] * 11)
+        module.grouped_gemm(0, tokens, width, inner, experts, top_k, {"bf16": "bfloat16"}.get(kind, kind), *[0] * 11)
 
     return CudaWork(workload, call)
 
