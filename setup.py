@@ -91,7 +91,8 @@ def instruction_sets() -> dict[str, list[str]]:
     return sets
 
 
-# sm_100 and sm_120 need CUDA 12.8 or newer. The PTX serves cards that come later.
+# sm_100 and sm_120 need CUDA 12.8 or newer. The PTX is that of the oldest: PTX serves its own target and newer ones
+# only, and the kernels use nothing newer. So it serves what comes later and what lies between (sm_110).
 CUDA_TARGETS = ("80", "86", "89", "90", "100", "120")
 NVCC_FLAGS = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden"]
 
@@ -133,7 +134,7 @@ class BuildNative(build_ext):
         folder = OBJECTS / "cuda"
         jobs = [self.job(CSRC / "cuda/bindings.cpp", folder, [*CXX_FLAGS, "-I", str(CSRC), *include, *defines])]
         targets = [f"-gencode=arch=compute_{t},code=sm_{t}" for t in CUDA_TARGETS]
-        targets.append(f"-gencode=arch=compute_{CUDA_TARGETS[-1]},code=compute_{CUDA_TARGETS[-1]}")
+        targets.append(f"-gencode=arch=compute_{CUDA_TARGETS[0]},code=compute_{CUDA_TARGETS[0]}")
         for source in sorted((CSRC / "cuda").glob("*.cu")):
             obj = folder / f"{source.stem}.cu.o"
             depend = ["-MMD", "-MF", str(obj.with_suffix(".d"))]

@@ -145,15 +145,20 @@ void bind_conv_downsample(py::module_& m) {
       py::arg("out"), py::arg("stream"));
 }
 
+WeightKind kind_of(const std::string& name) {
+  if (name == "bfloat16") return WeightKind::bf16;
+  if (name == "int8") return WeightKind::int8;
+  if (name == "int4") return WeightKind::int4;
+  throw py::value_error("grouped_gemm takes weights in bfloat16, int8 or int4, not " + name);
+}
+
 void bind_grouped_gemm(py::module_& m) {
   m.def(
       "grouped_gemm",
       [](Address x, int tokens, int width, int inner, int experts, int top_k, const std::string& kind, Address gate_up,
          Address down, Address gate_up_scales, Address down_scales, Address offsets, Address permutation,
          Address weights, Address hidden, Address parts, Address y, Address stream) {
-        const WeightKind weight_kind = kind == "int4"   ? WeightKind::int4
-                                       : kind == "int8" ? WeightKind::int8
-                                                        : WeightKind::bf16;
+        const WeightKind weight_kind = kind_of(kind);
         py::gil_scoped_release release;
         grouped_gemm({at<const bf16>(x), tokens, width, inner, experts, top_k, weight_kind, at<const void>(gate_up),
                       at<const void>(down), at<const float>(gate_up_scales), at<const float>(down_scales),

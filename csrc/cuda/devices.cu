@@ -11,10 +11,11 @@ Devices devices() {
   cudaGetLastError();  // or the next launch would report it
   if (error != cudaSuccess) return {0, std::string("no GPU: ") + cudaGetErrorString(error)};
   if (!count) return {0, "no GPU: the driver sees none"};
+  int current = 0;
   cudaDeviceProp properties;
-  if (cudaGetDeviceProperties(&properties, 0) != cudaSuccess) {
+  if (cudaGetDevice(&current) != cudaSuccess || cudaGetDeviceProperties(&properties, current) != cudaSuccess) {
     cudaGetLastError();
-    return {0, "no GPU: the first device does not answer"};
+    return {0, "no GPU: device " + std::to_string(current) + " does not answer"};
   }
   return {count, std::string(properties.name) + ", sm_" + std::to_string(properties.major * 10 + properties.minor)};
 }

@@ -12,8 +12,8 @@ namespace pagelens::cuda {
 using simt::bf16;
 using simt::Stream;
 
-// The devices that this build can run on: how many, and in words what they are or why there is none. Asks the driver;
-// no error is left behind.
+// The devices that the driver has: how many, and in words what this thread's current one is or why there is none. No
+// error is left behind.
 struct Devices {
   int count;
   std::string words;

@@ -7,7 +7,8 @@
 // than one split the block writes its maximum, sum and unnormalised output, and a second launch merges the splits in
 // their order. A tile has the splits that its keys need; the grid has those of the longest context that is possible,
 // and the rest of it ends at once. Splits stand at fixed multiples of kSplit keys, whatever else is in the batch: a
-// row's bits do not depend on it.
+// row's bits do not depend on it. The scratch of all tiles would be gigabytes for a prompt in a table of 40,960 keys:
+// the two launches take as many tiles as fit kMostScratch, and are repeated for the rest.
 //
 // P goes into the second product as two bf16 parts. Fragments and swizzle: attention_tile.h.
 //
@@ -34,7 +35,7 @@ struct Tile {
   __device__ int splits() const { return max(1, (end + kSplit - 1) / kSplit); }
 };
 
-// Block index y -> the tile of 16 rows, counted through the sequences; false past the last.
+// A number -> the tile of 16 rows, counted through the sequences; false past the last.
 __device__ inline bool find_tile(const PagedAttentionArgs& a, int index, int group, Tile& tile) {
   for (int s = 0; s < a.sequences; s++) {
     const int first = a.query_starts[s], queries = a.query_starts[s + 1] - first;
@@ -139,7 +140,7 @@ __device__ inline bf16* place_of(const PagedAttentionArgs& a, const Tile& tile, 
 }
 
 template <int D>
-__global__ void __launch_bounds__(kThreads) attend(const PagedAttentionArgs a, int splits) {
+__global__ void __launch_bounds__(kThreads) attend(const PagedAttentionArgs a, int first_tile, int splits) {
   constexpr int kPieceBytes = kPiece * D * 2, kWarpBytes = kStages * 2 * kPieceBytes;
   constexpr int kRecord = record_size(D);
   const int group = a.heads / a.kv_heads, kv_head = blockIdx.z, split = blockIdx.x;
@@ -148,7 +149,7 @@ __global__ void __launch_bounds__(kThreads) attend(const PagedAttentionArgs a, i
   // otherwise, and calls a function of 8 bytes of stack for them on sm_89.
   const int warp = __shfl_sync(kAll, static_cast<int>(threadIdx.x >> 5), 0);
   Tile tile;
-  if (!find_tile(a, blockIdx.y, group, tile) || split >= tile.splits()) return;
+  if (!find_tile(a, first_tile + static_cast<int>(blockIdx.y), group, tile) || split >= tile.splits()) return;
 
   int last_key[2];
 #pragma unroll
@@ -211,10 +212,10 @@ __global__ void __launch_bounds__(kThreads) attend(const PagedAttentionArgs a, i
   }
 }
 
-__global__ void __launch_bounds__(kThreads) merge_splits(const PagedAttentionArgs a, int splits) {
+__global__ void __launch_bounds__(kThreads) merge_splits(const PagedAttentionArgs a, int first_tile, int splits) {
   const int group = a.heads / a.kv_heads, kv_head = blockIdx.y, d = a.head_dim, record = record_size(d);
   Tile tile;
-  if (!find_tile(a, blockIdx.x, group, tile)) return;
+  if (!find_tile(a, first_tile + static_cast<int>(blockIdx.x), group, tile)) return;
   const float* records = a.partial + (static_cast<int64_t>(blockIdx.x) * a.kv_heads + kv_head) * splits * record;
   const int rows = min(kRows, tile.rows_left);
   for (int i = threadIdx.x; i < rows * d; i += kThreads) {
@@ -223,26 +224,43 @@ __global__ void __launch_bounds__(kThreads) merge_splits(const PagedAttentionArg
   }
 }
 
-int64_t most_tiles(const PagedAttentionArgs& a) {
-  return ceil_div(static_cast<int64_t>(a.tokens) * (a.heads / a.kv_heads), kRows) + a.sequences;
-}
+constexpr int64_t kMostScratch = int64_t{32} << 20;  // floats, if that is room for one tile
+constexpr int64_t kMostTiles = 65535;                // of a launch: the limit of a grid's y
+
+struct Plan {
+  int64_t tiles, at_once;  // at least those there are; those of a pair of launches
+  int splits;              // of a tile at most
+
+  explicit Plan(const PagedAttentionArgs& a)
+      : tiles(ceil_div(static_cast<int64_t>(a.tokens) * (a.heads / a.kv_heads), kRows) + a.sequences),
+        splits(static_cast<int>(std::max<int64_t>(1, ceil_div(a.longest_context, kSplit)))) {
+    const int64_t that_fit = splits > 1 ? std::max<int64_t>(1, kMostScratch / floats_of_tile(a)) : kMostTiles;
+    at_once = std::min({tiles, that_fit, kMostTiles});
+  }
+  int64_t floats_of_tile(const PagedAttentionArgs& a) const {
+    return static_cast<int64_t>(a.kv_heads) * splits * record_size(a.head_dim);
+  }
+};
 
 template <int D>
 void run(const PagedAttentionArgs& a, Stream stream) {
-  const int splits = static_cast<int>(ceil_div(a.longest_context, kSplit));
-  const unsigned tiles = static_cast<unsigned>(most_tiles(a)), heads = static_cast<unsigned>(a.kv_heads);
+  const Plan plan(a);
+  const unsigned splits = static_cast<unsigned>(plan.splits), heads = static_cast<unsigned>(a.kv_heads);
   const size_t loads = size_t{kWarps} * kStages * 2 * kPiece * D * 2;
   const size_t records = sizeof(float) * kWarps * record_size(D);
-  simt::launch(attend<D>, dim3(static_cast<unsigned>(splits), tiles, heads), dim3(kThreads), std::max(loads, records),
-               stream, a, splits);
-  if (splits > 1) simt::launch(merge_splits, dim3(tiles, heads), dim3(kThreads), 0, stream, a, splits);
+  for (int64_t first = 0; first < plan.tiles; first += plan.at_once) {
+    const unsigned tiles = static_cast<unsigned>(std::min(plan.at_once, plan.tiles - first));
+    simt::launch(attend<D>, dim3(splits, tiles, heads), dim3(kThreads), std::max(loads, records), stream, a, first,
+                 plan.splits);
+    if (splits > 1) simt::launch(merge_splits, dim3(tiles, heads), dim3(kThreads), 0, stream, a, first, plan.splits);
+  }
 }
 
 }  // namespace
 
 int64_t paged_attention_scratch(const PagedAttentionArgs& a) {
-  const int64_t splits = ceil_div(a.longest_context, kSplit);
-  return splits > 1 ? most_tiles(a) * a.kv_heads * splits * record_size(a.head_dim) : 0;
+  const Plan plan(a);
+  return plan.splits > 1 ? plan.at_once * plan.floats_of_tile(a) : 0;
 }
 
 void paged_attention(const PagedAttentionArgs& a, Stream stream) {

@@ -87,9 +87,12 @@ template <class... P, class... A>
 void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, Stream stream, A... arguments) {
   if (!grid.x || !grid.y || !grid.z) return;
   constexpr size_t kWithoutAsking = 48 << 10;
-  if (shared_bytes > kWithoutAsking)
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)),
-          "asking for shared memory");
+  if (shared_bytes > kWithoutAsking) {  // each time: the answer is the current device's
+    const cudaError_t error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+    if (error != cudaSuccess)
+      check(error, ("asking for " + std::to_string(shared_bytes) + " bytes of shared memory").c_str());
+  }
   kernel<<<grid, block, shared_bytes, static_cast<cudaStream_t>(stream)>>>(static_cast<P>(arguments)...);
   check(cudaGetLastError(), "launching a kernel");
 }

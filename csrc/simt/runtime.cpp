@@ -68,6 +68,8 @@ void Machine::launch(dim3 grid, dim3 block, size_t shared_bytes, const std::func
   if (!options.refusal.empty()) throw Error(options.refusal);
   if (threads == 0 || threads > 1024)
     throw Error("a block of " + std::to_string(threads) + " threads; it has 1 to 1024");
+  if (grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535)
+    throw Error("a grid of " + named(grid) + " blocks; it has up to 2147483647, 65535 and 65535");
   constexpr size_t kLargest = 227 << 10;  // sm_90 and sm_100; sm_80 has 163 KiB, which the resource table checks
   if (shared_bytes > kLargest) throw Error(std::to_string(shared_bytes) + " bytes of shared memory; no card has them");
   kernel_ = &kernel;

@@ -116,6 +116,9 @@ class CudaOps(CudaVision):
         if out is None:
             out = torch.empty(tokens, num_heads, head_dim, dtype=qkv.dtype, device=qkv.device)
         self._dense(op, "out", out, (tokens, num_heads, head_dim), torch.bfloat16)
+        self._pairs(op, qkv=qkv, keys=keys, values=values, out=out)
+        if qkv.stride(0) % 2:
+            refuse(op, f"rows of qkv must be an even number of values apart, not {qkv.stride(0)}", qkv)
         if tokens:
             self.kernels.qk_norm_rope_store(
                 qkv.data_ptr(),
@@ -159,6 +162,7 @@ class CudaOps(CudaVision):
         if q.ndim != 3 or q.shape[2] != head_dim or not num_kv_heads or q.shape[1] % num_kv_heads:
             refuse(op, "q must be [N, H, D] with the cache's D and H a multiple of its K", q, keys)
         self._dense(op, "q", q, tuple(q.shape), torch.bfloat16)
+        self._pairs(op, q=q)
         for name, cache in (("keys", keys), ("values", values)):
             self._dense(op, name, cache, tuple(keys.shape), torch.bfloat16)
             if cache.data_ptr() % 16:

@@ -7,6 +7,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from ..errors import UnsupportedError
 from .cuda_packing import aligned, taps_first, two_parts
 from .reference import refuse
 from .reference_vision import PackedConvDownsample
@@ -32,7 +33,16 @@ class CudaVision:
     device: torch.device
 
     def _stream(self) -> int:
-        return torch.cuda.current_stream(self.device).cuda_stream if self.device.type == "cuda" else 0
+        """The current stream. A launch goes to the thread's current device, so that must be the kernels' own."""
+        if self.device.type != "cuda":
+            return 0
+        current = torch.cuda.current_device()
+        if self.device.index not in (None, current):
+            raise UnsupportedError(
+                f"the CUDA kernels run on {self.device}, and this thread's current device is cuda:{current}; call them "
+                f"within torch.cuda.device({self.device.index})"
+            )
+        return torch.cuda.current_stream(self.device).cuda_stream
 
     def _is_here(self, x: Tensor) -> bool:
         return x.device.type == self.device.type and (self.device.index is None or x.device == self.device)
@@ -42,6 +52,12 @@ class CudaVision:
         if tuple(x.shape) != shape or x.dtype != dtype or not x.is_contiguous() or not self._is_here(x):
             kind = str(dtype).removeprefix("torch.")
             refuse(op, f"{name} must be contiguous {list(shape)} {kind} on {self.device}, not on {x.device}", x)
+
+    def _pairs(self, op: str, **tensors: Tensor) -> None:
+        """The kernels read and write two bfloat16 at once; off that step a card stops with a misaligned address."""
+        for name, x in tensors.items():
+            if x.data_ptr() % 4:
+                refuse(op, f"{name} must start at a multiple of 4 bytes", x)
 
     def window_attention(
         self,
@@ -68,6 +84,7 @@ class CudaVision:
         if out is None:
             out = torch.empty(shape, dtype=qkv.dtype, device=qkv.device)
         self._dense(op, "out", out, shape, torch.bfloat16)
+        self._pairs(op, out=out)
         if not views:
             return out
         self.kernels.window_attention(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -29,6 +29,7 @@ from cuda.kernel_cases import (
 from helpers.simt_build import COMMON, ROOT, build_extension, run
 from ops.cache_cases import AttentionCase, Paged, rope_table
 from ops.case import noise
+from ops.vision_cases import WindowAttentionCase
 
 from pagelens.config import CUDA_OPS
 from pagelens.errors import ShapeError, UnsupportedError
@@ -197,6 +198,30 @@ def test_a_row_has_the_same_bits_in_any_batch(ops: CudaOps, extension: Path, ker
     clean(kernels, extension)
 
 
+@inner
+def test_launches_of_few_tiles_give_the_same_bits(ops: CudaOps, kernels: ModuleType) -> None:
+    """With room for one tile's splits, a pair of launches a tile."""
+    kernels.set_options("forward")
+    little = {"paged_attention.cu": ("kMostScratch = int64_t{32} << 20;", "kMostScratch = 1;")}
+    in_pieces = cuda_ops(load(build_extension("plain", little)))
+    case = AttentionCase(
+        batch=Paged(((1, 300), (20, 500), (1, 7))), heads=4, kv_heads=2, head_dim=64, dtype=torch.bfloat16
+    )
+    assert torch.equal(case.bind(in_pieces)(), case.bind(ops)())
+
+
+def test_scratch_of_attention_is_bounded(kernels: ModuleType) -> None:
+    """A prompt and a decode in tables of 40,960 keys; all tiles at once would take 6 GB and 0.5 GB."""
+    places = dict.fromkeys(("q", "keys", "values", "block_tables", "query_starts", "context_lens", "out"), 0)
+    sizes = {"heads": 32, "kv_heads": 4, "head_dim": 128, "block_size": 16, "table_width": 2560, "scale": 1.0}
+    for sequences, tokens, longest in ((1, 2048, 40960), (64, 64, 40960), (4, 4096, 1 << 30)):
+        args = kernels.PagedAttentionArgs(
+            **places, **sizes, sequences=sequences, tokens=tokens, longest_context=longest
+        )
+        one_tile = 4 * -(-longest // 256) * (32 + 16 * 136)
+        assert one_tile <= kernels.paged_attention_scratch(args) <= max(one_tile, 32 << 20)
+
+
 def test_packed_rows_hold_every_value() -> None:
     values = torch.arange(-8, 8, dtype=torch.int8).repeat(2, 5)[:, :72]
     for kind, per_byte in (("int8", 1), ("int4", 2)):
@@ -242,6 +267,8 @@ def test_sizes_that_a_kernel_cannot_take(kernels: ModuleType) -> None:
     """Below the adapter's own checks."""
     with pytest.raises(ValueError, match="1 to 256 experts"):
         kernels.moe_routing(0, 1, 257, 8, False, 1.0, 0, 0, 0, 0, 0)
+    with pytest.raises(ValueError, match="bfloat16, int8 or int4, not int2"):
+        kernels.grouped_gemm(0, 1, 8, 8, 1, 1, "int2", *[0] * 11)
 
 
 def test_inputs_that_are_not_what_a_kernel_reads_are_refused(ops: CudaOps) -> None:
@@ -263,6 +290,50 @@ def test_inputs_that_are_not_what_a_kernel_reads_are_refused(ops: CudaOps) -> No
     experts[2] = tuple(quantized(torch.ones(8, 8, dtype=torch.bfloat16), "int8") for _ in range(3))  # type: ignore[assignment]
     with pytest.raises(UnsupportedError, match="expert 2 is quantised in another way"):
         ops.pack_moe(torch.zeros(3, 8), experts, None)
+
+
+def shifted(x: torch.Tensor) -> torch.Tensor:
+    """The same values, 2 bytes further on than where a piece of memory starts."""
+    return torch.cat([x.flatten()[:1], x.flatten()])[1:].view(x.shape)
+
+
+def test_bfloat16_that_starts_between_two_pairs_is_refused(ops: CudaOps) -> None:
+    """Contiguous, and no card could read it 4 bytes at a time."""
+    shapes = {"qkv": (2, 64), "keys": (1, 2, 1, 16), "values": (1, 2, 1, 16), "out": (2, 2, 16)}
+    good = {name: torch.zeros(shape, dtype=torch.bfloat16) for name, shape in shapes.items()}
+    places = torch.tensor([0, 1]).int()
+
+    def call(**tensors: torch.Tensor) -> None:
+        ops.qk_norm_rope_store(positions=places, slots=places, rope=rope_table(2, 16), num_heads=2, **tensors)
+
+    call(**good)
+    for name, x in good.items():
+        with pytest.raises(ShapeError, match=f"qk_norm_rope_store: {name} must start at a multiple of 4 bytes"):
+            call(**{**good, name: shifted(x)})
+    odd = torch.zeros(2, 65, dtype=torch.bfloat16)[:, :-1]
+    with pytest.raises(ShapeError, match="an even number of values apart, not 65"):
+        call(**{**good, "qkv": odd})
+    q = torch.zeros(1, 4, 16, dtype=torch.bfloat16)
+    cache, starts = torch.zeros(2, 8, 2, 16, dtype=torch.bfloat16), torch.tensor([0, 1]).int()
+    with pytest.raises(ShapeError, match="paged_attention: q must start"):
+        ops.paged_attention(shifted(q), cache, cache, torch.zeros(1, 2).int(), starts, torch.ones(1).int(), 1.0)
+    windows = WindowAttentionCase(grid=4, window=2, heads=1, head_dim=16, dtype=torch.bfloat16)
+    arguments = windows.tensors()
+    out = shifted(torch.zeros(*arguments[0].shape[:3], 16, dtype=torch.bfloat16))
+    with pytest.raises(ShapeError, match="window_attention: out must start"):
+        ops.window_attention(*arguments, 1, 2, out=out)
+
+
+def test_another_device_than_the_current_one_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A launch goes to the thread's current device, whatever the tensors say."""
+    ops = CudaOps(ModuleType("no kernels"), "cuda", REFERENCE, torch.device("cuda", 1))
+    stream = SimpleNamespace(cuda_stream=77)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    assert ops._stream() == 77
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    with pytest.raises(UnsupportedError, match=r"run on cuda:1, and this thread's current device is cuda:0"):
+        ops._stream()
 
 
 @inner

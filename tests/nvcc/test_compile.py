@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from gpu_static import cuda_kernels, nvcc, table
 from gpu_static.assembly import Resources
-from gpu_static.cuda_launch import CudaLaunch, Kernels
+from gpu_static.cuda_launch import CudaLaunch, Kernels, record
 from gpu_static.nvcc import Unit
 
 WRITTEN = nvcc.ROOT / "docs" / "gpu-resources.md"
@@ -122,6 +123,35 @@ def test_launch_errors_become_exceptions(launches: Kernels) -> None:
     with pytest.raises(ArithmeticError, match="route"), launches.handled_by(fail) as module:
         module.moe_routing(0, 5, 128, 8, True, 1.0, 0, 0, 0, 0, 0)
     assert launches.module.devices()[0] == 0
+
+
+def test_shared_memory_that_a_device_has_not(launches: Kernels) -> None:
+    """Windows of 128 with heads of 80 fit an A100, and not where a block gets 99 KiB (sm_86, sm_89, sm_120)."""
+
+    def call(module: ModuleType) -> None:
+        sizes = {"views": 1, "grid": 128, "size": 128, "across": 1, "heads": 1, "head_dim": 80}
+        module.window_attention(0, 0, 0, 0, 0, 0, **sizes, scale=0.1, out=0, stream=0)
+
+    assert [job.shared for job in record(launches, call)] == [108544]
+    refused = "asking for 108544 bytes of shared memory: cudaErrorInvalidValue"
+    with launches.with_shared_limit(99 << 10), pytest.raises(RuntimeError, match=refused):
+        record(launches, call)
+    with launches.with_shared_limit(99 << 10):
+        record(launches, cuda_kernels.window_attention(0).call)
+
+
+def test_no_launch_is_taller_than_a_grid_may_be(launches: Kernels) -> None:
+    """A prompt of 2^18 tokens has 2^18 tiles of 16 rows where 16 heads share their keys."""
+
+    def call(module: ModuleType) -> None:
+        sizes = {"heads": 16, "kv_heads": 1, "head_dim": 128, "block_size": 16, "table_width": 1 << 14, "scale": 1.0}
+        places = dict.fromkeys(("q", "keys", "values", "block_tables", "query_starts", "context_lens", "out"), 0)
+        lengths = {"sequences": 1, "tokens": 1 << 18, "longest_context": 256}
+        module.paged_attention(module.PagedAttentionArgs(**places, **sizes, **lengths), 0, 0)
+
+    heights = [job.grid[1] for job in record(launches, call)]
+    assert sum(heights) == (1 << 18) + 1
+    assert max(heights) == 65535
 
 
 @pytest.mark.usefixtures("units")

@@ -151,6 +151,10 @@ const Primitive kPrimitives[] = {
 };
 
 bool run_primitive(const std::string& name, const int* x, int* out) {
+  if (name == "grid_too_tall") {
+    launch(block_sum, dim3(1, 65536), dim3(32), 4, nullptr, x, out);
+    return true;
+  }
   for (const Primitive& p : kPrimitives)
     if (name == p.name) {
       launch(p.kernel, dim3(p.blocks), dim3(p.threads), p.shared_bytes, nullptr, x, out);

@@ -141,6 +141,10 @@ def test_what_no_card_survives_stops_with_its_place(programs: dict[str, Path], n
     assert "primitives.cu:" in stopped
 
 
+def test_a_grid_that_no_card_takes_is_refused(programs: dict[str, Path]) -> None:
+    assert "a grid of (1,65536,1) blocks" in run(programs["plain"], "grid_too_tall").stopped
+
+
 def test_shared_memory_ends_where_it_was_asked_to_end(programs: dict[str, Path]) -> None:
     found = run(programs["asan"], "shared_overflow")
     assert found.code != 0

@@ -85,7 +85,7 @@ def grouped_gemm(tokens: int, kind: str) -> CudaWork:
         workload = replace(workload, name=f"{workload.name}, {kind}", bytes=moved)
 
     def call(module: ModuleType) -> None:
-        module.grouped_gemm(0, tokens, width, inner, experts, top_k, kind, *[0] * 11)
+        module.grouped_gemm(0, tokens, width, inner, experts, top_k, {"bf16": "bfloat16"}.get(kind, kind), *[0] * 11)
 
     return CudaWork(workload, call)
 
@@ -140,7 +140,7 @@ def readable(names: Sequence[str]) -> dict[str, str]:
     for mangled, name in zip(names, plain):
         name = re.sub(r"\(pagelens::cuda::WeightKind\)(\d)", lambda m: KINDS[int(m[1])], name)
         found = re.search(r"\(anonymous namespace\)::(\w+(?:<[^(]*>)?)\(", name)
-        file = re.search(r"_\d+_(\w+)_cu_", mangled)
+        file = re.search(r"_[0-9a-f]{8}_\d+_(\w+)_cu_", mangled)  # behind a hash and the length of the name
         if not found or not file:
             raise ValueError(f"{mangled} is no kernel of csrc/cuda")
         short[mangled] = f"{file[1]}: {found[1].replace('simt::', '')}"

@@ -87,6 +87,16 @@ class Kernels:
         finally:
             self._library.set_launcher(None)
 
+    @contextmanager
+    def with_shared_limit(self, num_bytes: int) -> Iterator[None]:
+        """On a device that gives a block so much dynamic shared memory; otherwise it is 227 KiB."""
+        limit = ctypes.c_size_t.in_dll(self._library, "shared_limit")
+        before, limit.value = limit.value, num_bytes
+        try:
+            yield
+        finally:
+            limit.value = before
+
 
 def record(kernels: Kernels, call: Callable[[ModuleType], object]) -> list[CudaLaunch]:
     """The launches of call(module), none of which runs: addresses may be anything."""

@@ -30,7 +30,7 @@ std::map<const void*, Kernel>& kernels() {
 Launcher launcher = nullptr;
 Configuration pending;
 cudaError_t last_error = cudaSuccess;
-int multiprocessors = 3;  // few and odd, so that blocks of persistent kernels take several tiles
+constexpr int kMultiprocessors = 3;  // few and odd, so that blocks of persistent kernels take several tiles
 
 cudaError_t run(const void* function, dim3 grid, dim3 block, void** arguments, size_t shared) {
   const auto kernel = kernels().find(function);
@@ -39,6 +39,8 @@ cudaError_t run(const void* function, dim3 grid, dim3 block, void** arguments, s
     last_error = cudaErrorInvalidDeviceFunction;
   else if (shared > kernel->second.shared_limit)
     last_error = cudaErrorInvalidValue;
+  else if (!grid.x || !grid.y || !grid.z || grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535)
+    last_error = cudaErrorInvalidConfiguration;
   else if (!launcher || !launcher(kernel->second.name.c_str(), sizes[0], sizes[1], shared, arguments))
     last_error = cudaErrorLaunchFailure;
   return last_error;
@@ -49,7 +51,7 @@ cudaError_t run(const void* function, dim3 grid, dim3 block, void** arguments, s
 extern "C" {
 
 __attribute__((visibility("default"))) void set_launcher(Launcher to) { launcher = to; }
-__attribute__((visibility("default"))) void set_multiprocessors(int count) { multiprocessors = count; }
+__attribute__((visibility("default"))) size_t shared_limit = 227 << 10;  // of the device: what a kernel may ask for
 
 // What nvcc's host code calls (crt/host_runtime.h).
 void** __cudaRegisterFatBinary(void*) {
@@ -87,8 +89,10 @@ cudaError_t cudaLaunchKernel(const void* function, dim3 grid, dim3 block, void**
   return run(function, grid, block, arguments, shared);
 }
 cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute attribute, int value) {
-  if (attribute == cudaFuncAttributeMaxDynamicSharedMemorySize)
+  if (attribute == cudaFuncAttributeMaxDynamicSharedMemorySize) {
+    if (static_cast<size_t>(value) > shared_limit) return last_error = cudaErrorInvalidValue;
     kernels()[function].shared_limit = static_cast<size_t>(value);
+  }
   return cudaSuccess;
 }
 cudaError_t cudaGetLastError() {
@@ -100,6 +104,8 @@ const char* cudaGetErrorName(cudaError_t error) {
   switch (error) {
     case cudaErrorInvalidDeviceFunction:
       return "cudaErrorInvalidDeviceFunction";
+    case cudaErrorInvalidConfiguration:
+      return "cudaErrorInvalidConfiguration";
     case cudaErrorInvalidValue:
       return "cudaErrorInvalidValue";
     default:
@@ -113,7 +119,7 @@ cudaError_t cudaGetDevice(int* device) {
 }
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   if (attribute != cudaDevAttrMultiProcessorCount) return cudaErrorInvalidValue;
-  *value = multiprocessors;
+  *value = kMultiprocessors;
   return cudaSuccess;
 }
 cudaError_t cudaGetDeviceCount(int* count) {
