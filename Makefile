@@ -57,10 +57,11 @@ bench: $(STAMP)
 
 # pagelens beside llama.cpp, OpenVINO, transformers and torch (docs/performance.md). ROWS='qwen3-decode,op-*' measures
 # these rows only; PEERS_OPTIONS are options of benchmarks/peers/run.py, such as --table or --prepare.
-bench-peers: $(STAMP) .venv-peers/.installed .venv-peers-torch/.installed
+PEERS_VENVS := .venv-peers/.installed .venv-peers-torch/.installed
+bench-peers: $(STAMP) $(if $(filter --table --list,$(PEERS_OPTIONS)),,$(PEERS_VENVS))
 	$(BIN)/python -m benchmarks.peers.run --rows '$(ROWS)' $(PEERS_OPTIONS)
 
-setup-peers: .venv-peers/.installed .venv-peers-torch/.installed
+setup-peers: $(PEERS_VENVS)
 
 .venv-peers/.installed: benchmarks/peers/requirements.txt
 	test -x .venv-peers/bin/python || $(PYTHON) -m venv .venv-peers

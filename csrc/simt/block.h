@@ -50,6 +50,7 @@ struct LaneAccess {
 
 struct Barrier {
   int arrived = 0, expected = 0;
+  Site first{};  // where its first thread arrived
 };
 
 class Machine {

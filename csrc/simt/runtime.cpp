@@ -180,6 +180,10 @@ void Machine::barrier(int id, int count, Site site) {
   if (b.arrived && b.expected != count)
     fail("barrier " + std::to_string(id) + " at " + named(site) +
          " is for another number of threads than that of its first arrival");
+  // Threads that meet at two __syncthreads work on a card, and have taken different ways: a kernel that is wrong.
+  if (b.arrived && count == -1 && !(b.first == site))
+    fail("threads of a block wait at different __syncthreads, at " + named(b.first) + " and at " + named(site));
+  if (!b.arrived) b.first = site;
   b.expected = count;
   running_->site = site;
   running_->barrier_id = id;

@@ -1,4 +1,5 @@
-// One kernel source for two compilers: nvcc builds it for the card, g++ for the tests. Include only this header.
+// One kernel source for two compilers: nvcc builds it for the card, g++ for the tests. A kernel includes only this
+// header; the program that tests it, runtime.h too.
 //
 // Under nvcc (device.h) the names below are thin wrappers over PTX. Under g++ (host.h) they are the same names on a
 // runtime that runs every CUDA thread as a fiber, and finds races, divergence and wrong waits. docs/simt.md tells what

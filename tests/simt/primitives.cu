@@ -84,6 +84,11 @@ __global__ void half_a_barrier(const int*, int* out) {
   if (threadIdx.x < 40) __syncthreads();
   out[threadIdx.x] = __shfl_xor_sync(kAll, 1, 1);
 }
+__global__ void two_barriers(const int*, int* out) {
+  if (threadIdx.x < 32) __syncthreads();
+  out[threadIdx.x] = 1;
+  __syncthreads();
+}
 __global__ void diverged_shuffle(const int*, int* out) {
   if (threadIdx.x & 1)
     out[threadIdx.x] = __shfl_xor_sync(kAll, 1, 1);
@@ -141,6 +146,7 @@ const Primitive kPrimitives[] = {
     {"blocks_read_what_one_writes", blocks_read_what_one_writes, 2, 32, 0},
     {"atomic_and_plain", atomic_and_plain, 1, 32, 0},
     {"half_a_barrier", half_a_barrier, 1, 64, 0},
+    {"two_barriers", two_barriers, 1, 64, 0},
     {"diverged_shuffle", diverged_shuffle, 1, 32, 0},
     {"shuffle_from_outside", shuffle_from_outside, 1, 32, 0},
     {"misaligned_ldmatrix", misaligned_ldmatrix, 1, 32, 1024},

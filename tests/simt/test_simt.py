@@ -129,6 +129,7 @@ def test_races_are_found(programs: dict[str, Path], name: str, kind: str) -> Non
     ("name", "sentence"),
     [
         ("half_a_barrier", "deadlock: 40 threads wait at the barrier of "),
+        ("two_barriers", "threads of a block wait at different __syncthreads, at "),
         ("diverged_shuffle", "deadlock: 16 threads wait for their warp at "),
         ("shuffle_from_outside", "lane 0 shuffles from lane 20, which is not in the mask, at "),
         ("misaligned_ldmatrix", "ldmatrix row of lane 0 is not aligned to 16 bytes at "),
