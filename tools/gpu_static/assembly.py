@@ -26,7 +26,7 @@ class Resources:
 
     AMD: registers are vector registers, `accumulators` of them in the second half of the file; stack is scratch.
     wide_copies: copy instructions of 16 bytes; tensor, copies, spills: instructions in the whole kernel;
-    loop: instructions of the innermost loop with the most tensor instructions (or the longest), by name.
+    loop: instructions of the hot loop (hot_loop, amd_loop), by name.
     """
 
     registers: int
@@ -74,10 +74,10 @@ def run_tool(*arguments: str) -> str:
     return subprocess.run(arguments, capture_output=True, text=True, check=True).stdout
 
 
-_SASS = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)((?:\.[\w]+)*)([^;]*);", re.M)
+_SASS = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)((?:\.[\w]+)*)([^;]*);", re.M)
 _FUNCTION = re.compile(r"^\s*Function : (\S+)$", re.M)
 _USAGE = re.compile(r"Function ([^\s:]+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+)")
-Line = tuple[int, str, str, str]  # address, name, modifiers, operands
+Line = tuple[int, str, str, str]  # address, name, modifiers, predicate and operands
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def read_cubin(path: str) -> dict[str, Code]:
 
 
 def sass(listing: str) -> list[Line]:
-    return [(int(m[1], 16), m[2], m[3], m[4]) for m in _SASS.finditer(listing)]
+    return [(int(m[1], 16), m[3], m[4], f"{m[2] or ''}{m[5]}".strip()) for m in _SASS.finditer(listing)]
 
 
 def read_nvidia(compiled: Compiled) -> Resources:
@@ -133,20 +133,32 @@ def resources_of(code: Code, shared: int, warps: int) -> Resources:
 
 
 def hot_loop(code: list[Line]) -> dict[str, int]:
-    """Instructions between a backward branch and its target: of the innermost such loops the one with most tensor
-    instructions, then the longest."""
+    """Instructions between a backward branch and its target: of all such loops the one with most tensor instructions
+    that has no smaller loop with some inside, then the longest. If none has any, the longest of the innermost.
+
+    Behind the kernel's end lie detours of warps whose threads have parted; their way back leads over the end (an EXIT
+    without a condition) and is no loop. A loop may lie there, too.
+    """
     at = {address: index for index, (address, *_) in enumerate(code)}
-    spans = []
+    ends = [index for index, (_, name, _, operands) in enumerate(code) if name == "EXIT" and not operands]
+    loops: list[tuple[int, int, Counter[str]]] = []
     for index, (_, name, _, operands) in enumerate(code):
         target = re.search(r"0x([0-9a-f]+)", operands) if name == "BRA" else None
         start = at.get(int(target[1], 16)) if target else None
-        if start is not None and index - start > 4:
-            spans.append((start, index))
-    inner = [s for s in spans if not any(o != s and o[0] >= s[0] and o[1] <= s[1] for o in spans)]
-    mixes = [Counter(name for _, name, _, _ in code[start : end + 1]) for start, end in inner]
-    if not mixes:
-        return {}
-    return dict(max(mixes, key=lambda mix: (sum(mix[name] for name in TENSOR), sum(mix.values()))))
+        if start is not None and index - start > 4 and not any(start < end < index for end in ends):
+            loops.append((start, index, Counter(name for _, name, _, _ in code[start : index + 1])))
+
+    def tensor(mix: Counter[str]) -> int:
+        return sum(mix[name] for name in TENSOR)
+
+    if any(tensor(mix) for *_, mix in loops):
+        loops = [loop for loop in loops if tensor(loop[2])]
+    inner = [
+        mix
+        for start, end, mix in loops
+        if not any((s, e) != (start, end) and s >= start and e <= end for s, e, _ in loops)
+    ]
+    return dict(max(inner, key=lambda mix: (tensor(mix), sum(mix.values())), default=Counter()))
 
 
 _AMD = re.compile(r"^\s+((?:v|s|ds|global|buffer|scratch|flat)_[a-z0-9_]+)", re.M)
@@ -181,7 +193,7 @@ def read_amd(compiled: Compiled) -> Resources:
 
 
 def amd_loop(text: str) -> dict[str, int]:
-    """As hot_loop, of labels .LBB0_n and branches back to them."""
+    """Of labels .LBB0_n and branches back to them: the innermost loop with most mfma, then the longest."""
     code: list[str] = []
     labels: dict[str, int] = {}
     spans = []
