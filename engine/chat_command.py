@@ -14,9 +14,9 @@ from typing import Any
 
 from .chat import ChatStream
 from .cli import EXIT_OK, complain
+from .doctor import is_preset
 from .errors import ConfigError, PagelensError
 from .llm import LLM
-from .loading.presets import find_description
 from .types import RequestOutput, SamplingParams
 
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"
@@ -74,7 +74,7 @@ def chat(args: argparse.Namespace, options: dict[str, Any]) -> int:
 
 def _check_tokenizer(args: argparse.Namespace) -> None:
     """Raises ConfigError for a preset, before gigabytes of random weights are made for it."""
-    if args.random_weights and find_description(args.model, random_weights=True).folder is None:
+    if args.random_weights and is_preset(args.model):
         raise ConfigError(
             f"the preset {args.model!r} has no tokenizer.json, so it takes no text; "
             f"time it with `pagelens bench --model {args.model} --random-weights`, or give a checkpoint's folder"

@@ -138,6 +138,13 @@ def reads_pages(model: str, random_weights: bool) -> bool:
     return isinstance(config, DeepseekOcrConfig)
 
 
+def is_preset(model: str) -> bool:
+    """Whether a name is that of a preset, which has sizes only: neither weights nor a tokenizer."""
+    from .loading.presets import find_description
+
+    return find_description(model, random_weights=True).folder is None
+
+
 def examine(backend: Backend = "auto", device: Literal["cpu", "cuda"] = "cpu") -> DoctorReport:
     """Look at the machine, with the backend that PAGELENS_BACKEND names if it is "auto".
 
