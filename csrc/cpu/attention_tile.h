@@ -13,11 +13,13 @@ constexpr int kKeysATile = 8;     // x 3 vectors of queries: 24 accumulators
 constexpr int kQueryVectors = 3;  // at most, in a block of queries
 constexpr int kQueriesATile = 6;  // x 4 vectors of values
 constexpr int kValueVectors = 4;
+constexpr int kRowsATile = 14;  // x 1 vector of relative positions
 #else
 constexpr int kKeysATile = 4;
 constexpr int kQueryVectors = 2;
 constexpr int kQueriesATile = 4;
 constexpr int kValueVectors = 2;
+constexpr int kRowsATile = 8;
 #endif
 
 // The unit of the softmax's exponent: pairs use powers of two, whose exponential is the cheaper one.
@@ -42,17 +44,18 @@ PAGELENS_INLINE void multiply_add(vf& c, vf x, vf b) {
 #endif
 }
 
-// Two products of R rows with V vectors, out[r] = (init[r] or 0) + sum over i < n of a(r, i) * b[i]:
+// Three products of R rows with V vectors, out[r] = (init[r] or 0) + sum over i < n of a(r, i) * b[i]:
 // scores  a(r, i) = a[r * stride + i]; rows of b, init and out are V vectors apart
-// values  a(r, i) = a[r + i * stride]; they are `width` apart
+// rows    a(r, i) = a[r * stride + i]; rows of b are `width` apart, those of init and out `apart`
+// values  a(r, i) = a[r + i * stride]; all rows are `width` apart
 // A leaf that is never inlined: inside larger code GCC 12 spills the accumulators.
-enum class Product { scores, values };
+enum class Product { scores, rows, values };
 
 template <bool kPairs, Product kind, int R, int V>
 __attribute__((noinline)) void product(const uint32_t* a, int64_t stride, const float* b, int64_t width, int64_t n,
-                                       const float* init, float* out) {
-  constexpr bool kScores = kind == Product::scores;
-  const int64_t a_row = kScores ? stride : 1, a_step = kScores ? 1 : stride, ld = kScores ? V * W : width;
+                                       const float* init, float* out, int64_t apart) {
+  const int64_t a_row = kind == Product::values ? 1 : stride, a_step = kind == Product::values ? stride : 1;
+  const int64_t b_row = kind == Product::scores ? V * W : width, ld = kind == Product::rows ? apart : b_row;
   vf c[R][V];
   if (init) {
     PAGELENS_UNROLL for (int r = 0; r < R; r++) PAGELENS_UNROLL for (int v = 0; v < V; v++) c[r][v] =
@@ -60,7 +63,7 @@ __attribute__((noinline)) void product(const uint32_t* a, int64_t stride, const 
   } else {
     PAGELENS_UNROLL for (int r = 0; r < R; r++) PAGELENS_UNROLL for (int v = 0; v < V; v++) c[r][v] = vf{};
   }
-  for (int64_t i = 0; i < n; i++, a += a_step, b += ld) {
+  for (int64_t i = 0; i < n; i++, a += a_step, b += b_row) {
     vf x[V];
     PAGELENS_UNROLL for (int v = 0; v < V; v++) x[v] = load(b + v * W);
     PAGELENS_UNROLL for (int r = 0; r < R; r++) {
@@ -72,7 +75,7 @@ __attribute__((noinline)) void product(const uint32_t* a, int64_t stride, const 
       store(out + r * ld + v * W, c[r][v]);
 }
 
-using ProductFn = void (*)(const uint32_t*, int64_t, const float*, int64_t, int64_t, const float*, float*);
+using ProductFn = void (*)(const uint32_t*, int64_t, const float*, int64_t, int64_t, const float*, float*, int64_t);
 
 template <bool kPairs, Product kind, int R, int V>
 PAGELENS_INLINE ProductFn product_fn(int rows) {
@@ -94,6 +97,20 @@ PAGELENS_INLINE void transpose_rows(const uint32_t* from, int64_t pitch, int64_t
 #else
   for (int64_t i = 0; i < words; i++)
     for (int r = 0; r < W; r++) to[i * L + r] = from[r * pitch + i];
+#endif
+}
+
+// The same for floats, times `unit`.
+PAGELENS_INLINE void transpose_rows(const float* from, int64_t pitch, int64_t count, float unit, float* to, int64_t L) {
+#if defined(PAGELENS_ISA_AVX512) || defined(PAGELENS_ISA_AVX512_BF16)
+  for (int64_t i = 0; i < count; i += 16) {
+    __m512i rows[16];
+    PAGELENS_UNROLL for (int j = 0; j < 16; j++) rows[j] = _mm512_loadu_si512(from + j * pitch + i);
+    transpose_16(rows, [&](int k, __m512i x) { store(to + (i + k) * L, (vf)x * unit); });
+  }
+#else
+  for (int64_t i = 0; i < count; i++)
+    for (int r = 0; r < W; r++) to[i * L + r] = from[r * pitch + i] * unit;
 #endif
 }
 

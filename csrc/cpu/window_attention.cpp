@@ -11,6 +11,7 @@
 
 #include "cpu/attention_tile.h"
 #include "cpu/parallel.h"
+#include "cpu/relative_positions.h"
 
 namespace pagelens::PAGELENS_ISA {
 namespace {
@@ -36,9 +37,8 @@ struct Attention {
   int64_t cols = round_up(a.window_cols, kWord);     // keys of a grid row; one beyond the window weighs nothing
   int64_t keys = a.window_rows * cols;
   int64_t block_keys = choose_block();
-  int64_t side = std::max(a.window_rows, a.window_cols);
-  const uint32_t *table_h = nullptr, *table_w = nullptr;  // [parts][2 * side - 1][words]
-  int parts_h = 0, parts_w = 0;
+  int64_t tasks = 0, task_lanes = 0;  // of a problem, and the most vectors of queries of one, in lanes
+  RelativeTable<kPairs> table_h{a.window_rows, a.head_dim}, table_w{a.window_cols, a.head_dim};
 
   // Blocks of equal size, of whole grid rows where these are short.
   int64_t choose_block() const {
@@ -50,9 +50,9 @@ struct Attention {
   struct Scratch {
     uint32_t *key, *value;  // [keys][words], [keys / kWord][dim]
     uint32_t* q;            // [pitch][lanes]
-    uint32_t* rows;         // [W][pitch]: some queries
-    float *rel_h, *rel_w;   // [window_rows][lanes] in units of the exponent, [cols][lanes] in units of a score
-    float* table;           // [2 * side - 1 + window][lanes]: a table's products before each lane takes its own
+    uint32_t* rows;         // [task_lanes][pitch]: a task's queries
+    float *by_h, *by_w;     // [task_lanes][breadth]: their products with the tables
+    float *rel_h, *rel_w;   // [breadth][lanes] in units of the exponent, in units of a score
     float* scores;          // [kKeysATile][lanes]
     uint32_t* p;            // [block_keys / kWord][lanes]
     float* o;               // [lanes][dim]
@@ -67,10 +67,11 @@ struct Attention {
     take(s.key, keys * words);
     take(s.value, keys / kWord * dim);
     take(s.q, pitch() * kMaxLanes);
-    take(s.rows, W * pitch());
-    take(s.rel_h, a.window_rows * kMaxLanes);
-    take(s.rel_w, cols * kMaxLanes);
-    take(s.table, (2 * side - 1) * kMaxLanes);
+    take(s.rows, task_lanes * pitch());
+    take(s.by_h, a.rel_h ? task_lanes * table_h.breadth() : 0);
+    take(s.by_w, a.rel_h ? task_lanes * table_w.breadth() : 0);
+    take(s.rel_h, table_h.breadth() * kMaxLanes);
+    take(s.rel_w, a.rel_h ? table_w.breadth() * kMaxLanes : 0);
     take(s.scores, kKeysATile * kMaxLanes);
     take(s.p, block_keys / kWord * kMaxLanes);
     take(s.o, kMaxLanes * dim);
@@ -112,15 +113,40 @@ struct Attention {
     return static_cast<const T*>(a.qkv.data) + grid_row(p, row, col) * a.qkv.stride + at;
   }
 
-  // The next head's part of a row: a head's rows are short runs, each on a page of its own, which the hardware does not
-  // fetch ahead.
-  void prefetch_next(const T* from) const {
-    const char* next = reinterpret_cast<const char*>(from + a.head_dim);
-    for (int64_t i = 0; i < a.head_dim * static_cast<int64_t>(sizeof(T)); i += 64) __builtin_prefetch(next + i, 0, 2);
+  // A head's part of a row is short and on a page of its own, and the hardware does not fetch it ahead.
+  void fetch(const T* from) const {
+    const char* at = reinterpret_cast<const char*>(from);
+    for (int64_t i = 0; i < a.head_dim * static_cast<int64_t>(sizeof(T)); i += 64) __builtin_prefetch(at + i, 0, 2);
+  }
+
+  // What a task reads and is not fetched yet: so many queries, keys and values of its problem from (row, col) on.
+  struct Ahead {
+    Problem p;
+    int64_t row, col, queries, keys;
+  };
+  Ahead ahead(int64_t task) const {
+    const Problem p = problem(task / tasks);
+    const int64_t part = task % tasks, first = task_begin(p, part);
+    return {p, first / p.cols, first % p.cols, task_begin(p, part + 1) - first, part ? 0 : p.rows * p.cols};
+  }
+  // The first query of a problem's part; `tasks` parts, of whole vectors.
+  int64_t task_begin(const Problem& p, int64_t part) const {
+    const int64_t vectors = (p.rows * p.cols + W - 1) / W;
+    return std::min(vectors * part / tasks * W, p.rows * p.cols);
+  }
+
+  void fetch_position(Ahead& f) const {
+    if (f.queries <= 0 && f.keys <= 0) return;
+    const T* from = source(f.p, f.row, f.col, 0);
+    if (f.queries-- > 0) fetch(from);
+    if (f.keys-- > 0) {
+      fetch(from + a.num_heads * a.head_dim);
+      fetch(from + 2 * a.num_heads * a.head_dim);
+    }
+    if (++f.col == f.p.cols) f.col = 0, f.row++;
   }
 
   void load_words(const T* from, uint32_t* to) const {
-    prefetch_next(from);
     if constexpr (kPairs) {
       int64_t i = 0;
       for (; 2 * (i + W) <= a.head_dim; i += W) {
@@ -142,8 +168,6 @@ struct Attention {
 
   // `odd` may be null.
   void load_values(const T* even, const T* odd, uint32_t* __restrict to) const {
-    prefetch_next(even);
-    if (odd) prefetch_next(odd);
     if constexpr (kPairs) {
       if (odd) {
         for (int64_t i = 0; i < a.head_dim; i++) to[i] = even[i] | static_cast<uint32_t>(odd[i]) << 16;
@@ -173,86 +197,63 @@ struct Attention {
     }
   }
 
-  // Queries `first`..`first + count` of the problem's own grid positions; the lanes beyond repeat the last.
-  template <int V>
-  struct Lanes {
-    int64_t row[V * W], col[V * W];
-    Lanes(const Problem& p, int64_t first, int64_t count) {
-      for (int64_t lane = 0; lane < V * W; lane++) {
-        const int64_t q = first + std::min(lane, count - 1);
-        row[lane] = q / p.cols;
-        col[lane] = q % p.cols;
-      }
-    }
-  };
-
-  template <int V>
-  void load_queries(const Problem& p, const Lanes<V>& lanes, const Scratch& s) const {
-    for (int64_t lane = 0; lane < V * W; lane += W) {
-      for (int64_t i = 0; i < W; i++)
-        load_words(source(p, lanes.row[lane + i], lanes.col[lane + i], 0), s.rows + i * pitch());
-      transpose_rows(s.rows, pitch(), words, s.q + lane, V * W);
-    }
+  // The task's queries, `count` of the problem's own grid positions from `first` on; zeros up to whole vectors.
+  void load_queries(const Problem& p, int64_t first, int64_t count, const Scratch& s) const {
+    for (int64_t i = 0; i < count; i++)
+      load_words(source(p, (first + i) / p.cols, (first + i) % p.cols, 0), s.rows + i * pitch());
+    std::fill(s.rows + count * pitch(), s.rows + round_up(count, W) * pitch(), 0u);
   }
 
-  // to[k][lane] = unit * q[lane] . table[place[lane] - k + size - 1]. All table rows that some lane needs are
-  // multiplied with all lanes, and each lane takes its own: a tenth more work than the scores alone.
-  template <int V>
-  void relative(const uint32_t* table, int parts, int64_t size, const int64_t* place, float unit, const Scratch& s,
-                float* to) const {
-    constexpr int L = V * W;
-    const auto [low, high] = std::minmax_element(place, place + L);
-    const int64_t first = *low, count = *high - first + size;
-    for (int part = 0; part < parts; part++) {
-      const uint32_t* rows = table + (part * (2 * side - 1) + first) * words;
-      for (int64_t r = 0; r < count; r += kKeysATile) {
-        const int n = static_cast<int>(std::min<int64_t>(kKeysATile, count - r));
-        float* out = s.table + r * L;
-        product_fn<kPairs, Product::scores, kKeysATile, V>(n)(rows + r * words, words, reinterpret_cast<float*>(s.q), L,
-                                                              words, part ? out : nullptr, out);
-      }
+  // The task's queries by grid rows, then by grid columns: those of one have the same place in the table.
+  void relatives(const Problem& p, int64_t first, int64_t count, const Scratch& s) const {
+    const int64_t height = table_h.breadth(), width = table_w.breadth(), lanes = round_up(count, W);
+    for (int64_t i = 0; i < count;) {
+      const int64_t row = (first + i) / p.cols, n = std::min((row + 1) * p.cols - first, count) - i;
+      table_h.multiply(row, s.rows + i * pitch(), pitch(), n, s.by_h + i * height, height);
+      i += n;
     }
-    int32_t from[L];
-    for (int lane = 0; lane < L; lane++) from[lane] = static_cast<int32_t>((place[lane] - first + size - 1) * L + lane);
-    for (int64_t k = 0; k < size; k++)
-      for (int lane = 0; lane < L; lane += W) store(to + k * L + lane, gather(s.table - k * L, from + lane) * unit);
+    for (int64_t i = 0; i < std::min(p.cols, count); i++)
+      table_w.multiply((first + i) % p.cols, s.rows + i * pitch(), p.cols * pitch(), (count - i + p.cols - 1) / p.cols,
+                       s.by_w + i * width, p.cols * width);
+    std::fill(s.by_h + count * height, s.by_h + lanes * height, 0.0f);
+    std::fill(s.by_w + count * width, s.by_w + lanes * width, 0.0f);
   }
 
   // o[lane] (+)= weights of `count` keys from `first` on times their values.
   template <int V>
-  void add_values(const Scratch& s, int64_t first, int64_t count, bool begin) const {
+  void add_values(const Scratch& s, int queries, int64_t first, int64_t count, bool begin) const {
     constexpr int L = V * W;
     for (int64_t d = 0; d < dim; d += kValueWidth) {
       const float* value = reinterpret_cast<const float*>(s.value) + first / kWord * dim + d;
-      constexpr int kTiles = (L + kQueriesATile - 1) / kQueriesATile;
-      for (int t = 0; t < kTiles; t++) {
-        const int lane = L * t / kTiles, n = L * (t + 1) / kTiles - lane;
+      const int tiles = (queries + kQueriesATile - 1) / kQueriesATile;
+      for (int t = 0; t < tiles; t++) {
+        const int lane = queries * t / tiles, n = queries * (t + 1) / tiles - lane;
         float* o = s.o + lane * dim + d;
         product_fn<kPairs, Product::values, kQueriesATile, kValueVectors>(n)(s.p + lane, L, value, dim, count / kWord,
-                                                                             begin ? nullptr : o, o);
+                                                                             begin ? nullptr : o, o, dim);
       }
     }
   }
 
-  void rescale(const Scratch& s, int lanes) const {
-    for (int lane = 0; lane < lanes; lane++) {
-      s.sum[lane] *= s.factor[lane];
+  // Of `lanes` queries the first `filled` have something in o.
+  void rescale(const Scratch& s, int lanes, int filled) const {
+    for (int lane = 0; lane < lanes; lane += W) store(s.sum + lane, load(s.sum + lane) * load(s.factor + lane));
+    for (int lane = 0; lane < filled; lane++) {
       if (s.factor[lane] == 1.0f) continue;
       for (int64_t d = 0; d < dim; d += W) store(s.o + lane * dim + d, load(s.o + lane * dim + d) * s.factor[lane]);
     }
   }
 
-  // All keys for V vectors of queries.
+  // All keys for V vectors of queries, of which `queries` are real; meanwhile `next` is fetched.
   template <int V>
-  void attend(const Scratch& s) const {
+  void attend(const Scratch& s, int queries, Ahead& next) const {
     constexpr int L = V * W;
     const float scale = 1.0f / std::sqrt(static_cast<float>(a.head_dim)) * kUnit;
     std::fill(s.top, s.top + L, -1e30f);
     std::fill(s.sum, s.sum + L, 0.0f);
-    std::fill(s.o, s.o + L * dim, 0.0f);
     int64_t first = 0, waiting = 0;  // keys whose weights are in p
     const auto flush = [&] {
-      if (waiting) add_values<V>(s, first, waiting, first == 0);
+      if (waiting) add_values<V>(s, queries, first, waiting, first == 0);
       first += waiting;
       waiting = 0;
     };
@@ -274,16 +275,17 @@ struct Attention {
                            s.scores,
                            s.p + waiting / kWord * L};
         const bool pairs = kPairs && n == real && n % 2 == 0;
+        for (int i = 0; i < 2; i++) fetch_position(next);  // a window of 14 x 14 has 196, and 140 tiles
         if (pairs && weigh<V>(n, tile)) {
           waiting += n;
           continue;
         }
         if (!pairs)
           product_fn<kPairs, Product::scores, kKeysATile, V>(n)(tile.key, words, tile.query, L, words, tile.init,
-                                                                s.scores);
+                                                                s.scores, L);
         if (raise_top<kPairs, V>(s.scores, real, scale, rel_h, kSlack * kUnit, s.top, s.factor)) {
           flush();
-          rescale(s, L);
+          rescale(s, L, first > 0 ? queries : 0);
         }
         soften<kPairs, V>(s.scores, real, scale, rel_h, s.top, s.sum, s.p + waiting / kWord * L);
         waiting += n;
@@ -292,20 +294,26 @@ struct Attention {
     flush();
   }
 
+  // The task's queries `at`..`at + count`, of which the first is query `first` of the problem.
   template <int V>
-  void run_queries(const Problem& p, int64_t first, int64_t count, const Scratch& s) const {
-    const Lanes<V> lanes(p, first, count);
-    load_queries<V>(p, lanes, s);
+  void run_queries(const Problem& p, int64_t first, int64_t at, int64_t count, const Scratch& s, Ahead& next) const {
+    constexpr int L = V * W;
+    for (int lane = 0; lane < L; lane += W)
+      transpose_rows(s.rows + (at + lane) * pitch(), pitch(), words, s.q + lane, L);
     if (a.rel_h) {
-      relative<V>(table_h, parts_h, a.window_rows, lanes.row, kUnit, s, s.rel_h);
-      relative<V>(table_w, parts_w, a.window_cols, lanes.col, std::sqrt(static_cast<float>(a.head_dim)), s, s.rel_w);
+      const int64_t height = table_h.breadth(), width = table_w.breadth();
+      const float root = std::sqrt(static_cast<float>(a.head_dim));
+      for (int lane = 0; lane < L; lane += W) {
+        transpose_rows(s.by_h + (at + lane) * height, height, a.window_rows, kUnit, s.rel_h + lane, L);
+        transpose_rows(s.by_w + (at + lane) * width, width, a.window_cols, root, s.rel_w + lane, L);
+      }
     } else {
-      std::fill(s.rel_h, s.rel_h + a.window_rows * V * W, 0.0f);
+      std::fill(s.rel_h, s.rel_h + a.window_rows * L, 0.0f);
     }
-    attend<V>(s);
+    attend<V>(s, static_cast<int>(count), next);
     for (int64_t lane = 0; lane < count; lane++) {
-      T* out = static_cast<T*>(a.out.data) + grid_row(p, lanes.row[lane], lanes.col[lane]) * a.out.stride +
-               p.head * a.head_dim;
+      const int64_t q = first + at + lane;
+      T* out = static_cast<T*>(a.out.data) + grid_row(p, q / p.cols, q % p.cols) * a.out.stride + p.head * a.head_dim;
       const float* o = s.o + lane * dim;
       const float inverse = 1.0f / s.sum[lane];
       int64_t d = 0;
@@ -314,70 +322,50 @@ struct Attention {
     }
   }
 
-  // Vectors low..high of the problem's queries, in blocks as equal as they can be.
-  void run_vectors(const Problem& p, int64_t low, int64_t high, const Scratch& s) const {
-    const int64_t blocks = (high - low + kQueryVectors - 1) / kQueryVectors, queries = p.rows * p.cols;
+  // A part of the problem's queries, in blocks as equal as they can be.
+  void run_part(const Problem& p, int64_t part, const Scratch& s, Ahead next) const {
+    const int64_t first = task_begin(p, part), queries = task_begin(p, part + 1) - first;
+    const int64_t vectors = (queries + W - 1) / W, blocks = (vectors + kQueryVectors - 1) / kQueryVectors;
+    load_queries(p, first, queries, s);
+    if (a.rel_h) relatives(p, first, queries, s);
     for (int64_t b = 0; b < blocks; b++) {
-      const int64_t v0 = low + (high - low) * b / blocks, v1 = low + (high - low) * (b + 1) / blocks;
+      const int64_t v0 = vectors * b / blocks, v1 = vectors * (b + 1) / blocks;
       const int64_t count = std::min(v1 * W, queries) - v0 * W;
-      if (v1 - v0 == 1) run_queries<1>(p, v0 * W, count, s);
-      if (v1 - v0 == 2) run_queries<2>(p, v0 * W, count, s);
+      // Queries alone are soon fetched; keys that stream through the cache would drive them out again.
+      Ahead none{p, 0, 0, 0, 0}, &fetched = next.keys > 0 || b + 1 == blocks ? next : none;
+      if (v1 - v0 == 1) run_queries<1>(p, first, v0 * W, count, s, fetched);
+      if (v1 - v0 == 2) run_queries<2>(p, first, v0 * W, count, s, fetched);
       if constexpr (kQueryVectors > 2) {
-        if (v1 - v0 == 3) run_queries<3>(p, v0 * W, count, s);
+        if (v1 - v0 == 3) run_queries<3>(p, first, v0 * W, count, s, fetched);
       }
     }
-  }
-
-  // A table as words. Pairs hold a float32 table in two parts, value and rest, each rounded; the rest of a table that
-  // was bfloat16 is zero and is left out.
-  int pack_table(const float* table, int64_t rows, uint32_t* to) const {
-    bool rest = false;
-    for (int64_t r = 0; r < rows; r++) {
-      const float* from = table + r * a.head_dim;
-      uint32_t *high = to + r * words, *low = high + (2 * side - 1) * words;
-      if constexpr (kPairs) {
-        for (int64_t i = 0; i < words; i++) high[i] = low[i] = 0;
-        for (int64_t i = 0; i < a.head_dim; i++) {
-          const bf16 value = narrow(from[i]), left = narrow(from[i] - widen(value));
-          high[i / 2] |= static_cast<uint32_t>(value) << i % 2 * 16;
-          low[i / 2] |= static_cast<uint32_t>(left) << i % 2 * 16;
-          rest |= (left & 0x7fff) != 0;
-        }
-      } else {
-        std::memcpy(high, from, words * sizeof(float));
-      }
-    }
-    return rest ? 2 : 1;
   }
 
   void pack_tables(ThreadPool& pool) {
-    const int64_t size = 2 * (2 * side - 1) * words;
-    uint32_t* tables = pool.shared<uint32_t>(0, 2 * size);
-    table_h = tables;
-    table_w = tables + size;
-    parts_h = pack_table(a.rel_h, 2 * a.window_rows - 1, tables);
-    parts_w = pack_table(a.rel_w, 2 * a.window_cols - 1, tables + size);
+    const int64_t height = table_h.packed_words();
+    uint32_t* memory = pool.shared<uint32_t>(0, height + table_w.packed_words());
+    table_h.pack(a.rel_h, memory);
+    table_w.pack(a.rel_w, memory + height);
   }
 
   void run(ThreadPool& pool) {
     if (a.rel_h) pack_tables(pool);
-    Scratch measured;
-    pool.reserve_local(static_cast<size_t>(lay_out(measured, nullptr)) * 4);
     const int64_t problems = a.batch * windows_down * windows_across * a.num_heads;
     const int64_t most = std::min(a.window_rows, a.grid_rows) * std::min(a.window_cols, a.grid_cols);
-    const int64_t tasks = (most + kTaskQueries - 1) / kTaskQueries;
+    tasks = (most + kTaskQueries - 1) / kTaskQueries;
+    task_lanes = (round_up(most, W) / W + tasks - 1) / tasks * W;
+    Scratch measured;
+    pool.reserve_local(static_cast<size_t>(lay_out(measured, nullptr)) * 4);
     int64_t have[ThreadPool::kMaxThreads];  // the problem whose keys and values a thread holds
     std::fill(have, have + ThreadPool::kMaxThreads, int64_t{-1});
     pool.run(problems * tasks, [&](int64_t i, int thread) {
       Scratch s;
       lay_out(s, static_cast<uint32_t*>(pool.local(thread)));
       const Problem p = problem(i / tasks);
-      const int64_t vectors = (p.rows * p.cols + W - 1) / W, part = i % tasks;
-      const int64_t low = vectors * part / tasks, high = vectors * (part + 1) / tasks;
-      if (low == high) return;
+      if (task_begin(p, i % tasks) == task_begin(p, i % tasks + 1)) return;
       if (have[thread] != i / tasks) load_keys(p, s);
       have[thread] = i / tasks;
-      run_vectors(p, low, high, s);
+      run_part(p, i % tasks, s, i + 1 < problems * tasks ? ahead(i + 1) : Ahead{p, 0, 0, 0, 0});
     });
   }
 };
