@@ -99,6 +99,7 @@ __device__ inline void shift_strip(const float* strip, const WindowAttentionArgs
   for (int r = 0; r < 16; r++) row[r] = strip[r * kStripStride + lane];
 #pragma unroll
   for (int r = 0; r < 16; r++) {
+    simt::next_round();
     const int key = (axis ? x : y) - (first + lane) + a.size - 1;
     if (key >= 0 && key < a.size) terms_of(terms, warp * 16 + r, a.size)[axis * a.size + key] = row[r];
     if (++x == a.size) x = 0, y++;

@@ -34,42 +34,21 @@ void Machine::count_banks(Thread& thread, const void* p, size_t bytes, const Whe
 
 namespace {
 
-// Instruction, epoch, accesses by common instructions in it before, executions since the last of them.
-using Moment = std::tuple<PlaceKey, int, int, int>;
-using Between = std::pair<PlaceKey, int>;  // an instruction between two collectives of the warp
+using Moment = std::tuple<PlaceKey, int, int>;  // an instruction, an epoch, its executions in it before
 
 // The accesses of a warp by the instruction execution that they are part of.
 //
 // Threads run one by one, so what ran together must be found. What lies between the same two collectives of the whole
-// warp does. Within such an epoch, instructions that all lanes executed equally often are taken to have run together
-// each time, and they date the others: those under a condition, whose n-th executions in two lanes may lie in different
-// rounds of a loop. Where neither a collective nor an access of all lanes separates the rounds, executions alone are
-// counted, and too much or too little may be found.
+// warp (or calls of next_round) does; within such an epoch the n-th executions of an instruction are taken to. For one
+// under a condition in a loop that can be wrong: next_round tells the rounds apart.
 std::map<Moment, std::vector<LaneAccess>> join_lanes(const std::vector<Thread*>& lanes) {
-  std::map<Between, std::vector<int>> executions;
-  for (size_t i = 0; i < lanes.size(); i++)
-    for (const SharedAccess& a : lanes[i]->shared_accesses) {
-      std::vector<int>& counts = executions[{a.instruction, a.epoch}];
-      counts.resize(lanes.size());
-      counts[i]++;
-    }
-  std::set<Between> common;
-  for (const auto& [instruction, counts] : executions)
-    if (std::count(counts.begin(), counts.end(), counts[0]) == static_cast<int64_t>(counts.size()))
-      common.insert(instruction);
-
   std::map<Moment, std::vector<LaneAccess>> together;
   for (const Thread* thread : lanes) {
-    std::map<Between, int> own;    // executions of common instructions
-    std::map<Between, int> since;  // of others, since the last common one
-    int before = 0, epoch = 0;
+    std::map<PlaceKey, int> executions;
+    int epoch = 0;
     for (const SharedAccess& a : thread->shared_accesses) {
-      if (a.epoch != epoch) epoch = a.epoch, before = 0, since.clear();
-      const bool dates = common.count({a.instruction, a.epoch}) != 0;
-      const Moment moment = dates ? Moment{a.instruction, a.epoch, -1, own[{a.instruction, a.epoch}]++}
-                                  : Moment{a.instruction, a.epoch, before, since[{a.instruction, a.epoch}]++};
-      together[moment].push_back({thread->index % 32, a.address, a.bytes});
-      if (dates) before++, since.clear();
+      if (a.epoch != epoch) epoch = a.epoch, executions.clear();
+      together[{a.instruction, epoch, executions[a.instruction]++}].push_back({thread->index % 32, a.address, a.bytes});
     }
   }
   return together;

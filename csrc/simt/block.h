@@ -28,7 +28,7 @@ struct SharedAccess {
   PlaceKey instruction;
   uintptr_t address;  // within shared memory
   int bytes;
-  int epoch;  // collectives of the whole warp before it
+  int epoch;
 };
 
 enum class State { ready, at_barrier, in_warp_op, ended };
@@ -47,7 +47,7 @@ struct Thread {
   std::vector<std::vector<AsyncCopy>> groups;  // committed, oldest first
   Clock clock;
   std::vector<SharedAccess> shared_accesses;  // in order
-  int epoch = 0;  // collectives of the whole warp so far: what lies between two of them ran between them in all lanes
+  int epoch = 0;                              // collectives of the whole warp and calls of next_round so far
 };
 
 struct LaneAccess {

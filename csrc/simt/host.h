@@ -77,6 +77,9 @@ void copy_async(void* to, const void* from, int bytes, bool valid, Site site);
 void commit_async();
 void wait_async(int groups_left);
 void note_atomic(const void* p, size_t bytes, const void* pc);
+// Tells the counting of bank conflicts that a new round of a loop begins, for the accesses under a condition in it.
+// Every lane of a warp must call it equally often. Orders nothing.
+void next_round();
 void launch_blocks(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& kernel);
 
 template <class T>

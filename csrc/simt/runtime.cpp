@@ -32,6 +32,7 @@ void launch_blocks(dim3 grid, dim3 block, size_t shared_bytes, const std::functi
 
 unsigned char* shared_memory() { return machine().shared(); }
 int lane_id() { return machine().running().index & 31; }
+void next_round() { machine().running().epoch++; }
 void barrier(int id, int count, Site site) { machine().barrier(id, count, site); }
 void warp_collective(WarpOp op, uint32_t mask, void* arguments, Site site) {
   machine().warp_collective(op, mask, arguments, site);

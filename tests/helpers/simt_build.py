@@ -16,11 +16,10 @@ ROOT = Path(__file__).parents[2]
 RUNTIME = sorted((ROOT / "csrc/simt").glob("*.cpp"))
 COMMON = ["-std=c++17", "-g", "-Wall", "-Wextra", "-Wno-unknown-pragmas", f"-I{ROOT / 'csrc'}"]
 SANITIZE = ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
-# The flags of the runtime and drivers, and of the kernels. Only kernels carry the hooks of the race detector; loads
-# are not moved into the conditions that use them, so that they tell the rounds of a loop apart (csrc/simt/banks.cpp).
+# The flags of the runtime and drivers, and of the kernels. Only kernels carry the hooks of the race detector.
 VARIANTS = {
     "plain": (["-O2"], ["-O2"]),
-    "race": (["-O2"], ["-O1", "-fsanitize=thread", "-fno-tree-sink"]),
+    "race": (["-O2"], ["-O1", "-fsanitize=thread"]),
     "asan": (SANITIZE, SANITIZE),
 }
 

@@ -130,8 +130,8 @@ __global__ void masked_rows(const int* x, int* out) {  // no round of the loop h
   const int lane = threadIdx.x;
   shared[lane] = x[lane];
   for (int r = 0; r < 8; r++) {
-    const int v = shared[lane];
-    if (lane < 4 * (r + 1)) shared[32 + r * 33 + lane] = v;
+    next_round();
+    if (lane < 4 * (r + 1)) shared[32 + r * 33 + lane] = x[lane];
   }
   out[lane] = shared[lane];
 }
