@@ -14,8 +14,9 @@ from typing import Any
 
 from .chat import ChatStream
 from .cli import EXIT_OK, complain
-from .errors import PagelensError
+from .errors import ConfigError, PagelensError
 from .llm import LLM
+from .loading.presets import find_description
 from .types import RequestOutput, SamplingParams
 
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"
@@ -25,6 +26,7 @@ SWITCHES = {"/think": True, "/no_think": False}
 
 def generate(args: argparse.Namespace, options: dict[str, Any]) -> int:
     """Continue one prompt; returns the exit status."""
+    _check_tokenizer(args)
     _prepare_streams()
     with LLM(args.model, **options) as llm:
         handle = llm.submit(args.prompt, SamplingParams.from_mapping(sampling_values(args)))
@@ -43,6 +45,7 @@ def generate(args: argparse.Namespace, options: dict[str, Any]) -> int:
 
 def chat(args: argparse.Namespace, options: dict[str, Any]) -> int:
     """Talk until the input ends; returns the exit status, that of a refused input if any message was refused."""
+    _check_tokenizer(args)
     _prepare_streams()
     status = EXIT_OK
     messages: list[dict[str, Any]] = [] if args.system is None else [{"role": "system", "content": args.system}]
@@ -67,6 +70,15 @@ def chat(args: argparse.Namespace, options: dict[str, Any]) -> int:
             # The reasoning is left out: templates drop it from all turns but the current one.
             messages.append({"role": "assistant", "content": output.outputs[0].text})
     return status
+
+
+def _check_tokenizer(args: argparse.Namespace) -> None:
+    """Raises ConfigError for a preset, before gigabytes of random weights are made for it."""
+    if args.random_weights and find_description(args.model, random_weights=True).folder is None:
+        raise ConfigError(
+            f"the preset {args.model!r} has no tokenizer.json, so it takes no text; "
+            f"time it with `pagelens bench --model {args.model} --random-weights`, or give a checkpoint's folder"
+        )
 
 
 def sampling_values(args: argparse.Namespace) -> dict[str, Any]:

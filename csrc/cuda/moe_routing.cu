@@ -1,16 +1,18 @@
 // moe_routing: softmax, the top_k best experts of each token, and the tokens sorted by expert, in one launch.
 //
 // One block of 32 warps. A warp owns a contiguous range of tokens and takes them one at a time: lane l holds the logits
-// of experts l, l + 32, ..., a round of shuffles finds the maximum (the lower id wins a tie), top_k rounds choose. The
-// warp counts its choices in shared memory [warps][experts]; then one pass turns the counts into first positions
-// (exclusive sums over experts, and over warps within an expert), and each warp walks its tokens again and writes their
-// places. Within an expert the order is that of warps, then of tokens: stable, and without atomics, so that the result
-// does not depend on timing.
+// of experts l, l + 32, ..., a round of shuffles finds the maximum (the lower id wins a tie), top_k rounds choose. Lane
+// l counts in registers how often the warp chose those experts. One pass over shared memory [warps][experts] turns the
+// counts into first positions (exclusive sums over experts, and over warps within an expert), which go back to those
+// lanes; each warp walks its tokens again and gives each choice the next place of its expert. Within an expert the
+// order is that of warps, then of tokens: stable, and without atomics, so that the result does not depend on timing. A
+// histogram in shared memory would be as short, but lanes whose experts share a bank would wait for each other.
 //
 // Bytes: 4 tokens experts in, 4 (3 tokens top_k + experts + 1) out, and the ids once more. FLOPs: some 5 tokens
 // experts. Floor: 512 tokens of 128 experts read 262 KB, 0.2 us on an A100. For a decode the launch (a few us) is
-// the cost; that is why it is one. For a prompt it is the instructions, some 750 of a warp a token on one
-// multiprocessor, 70 us for 512: more of them would need a grid-wide order of the counts, a second launch.
+// the cost; that is why it is one. For a prompt it is the instructions, some 800 of a warp a token on one
+// multiprocessor, 75 us for 512: more of them would need a grid-wide order of the counts, a second launch.
+#include <cstdint>
 #include <stdexcept>
 
 #include "cuda/kernels.h"
@@ -86,13 +88,33 @@ __device__ inline Best choose(float (&score)[kRounds], int experts) {
   return best;
 }
 
+// Numbers of experts live in lanes: lane l holds those of experts l, l + 32, ... What is held for expert `id`, which
+// every lane may choose; of no meaning for -1.
 template <int kRounds>
-__global__ void __launch_bounds__(kThreads) route(const MoeRoutingArgs a) {
-  int* counts = reinterpret_cast<int*>(simt::shared_memory());  // [warps][experts], then first positions
+__device__ inline int held_for(const int (&held)[kRounds], int id) {
+  int found = 0;
+#pragma unroll
+  for (int r = 0; r < kRounds; r++) {
+    const int value = __shfl_sync(kAll, held[r], id & 31);
+    if (id >> 5 == r) found = value;
+  }
+  return found;
+}
+
+// One more for each expert that a lane names; the ids differ, -1 is none.
+template <int kRounds>
+__device__ inline void count_choices(int (&held)[kRounds], int id) {
+  const int lane = threadIdx.x & 31;
+#pragma unroll
+  for (int r = 0; r < kRounds; r++) held[r] += __reduce_or_sync(kAll, id >> 5 == r ? 1u << (id & 31) : 0u) >> lane & 1;
+}
+
+template <int kRounds>
+__global__ void __launch_bounds__(kThreads, 1) route(const MoeRoutingArgs a) {
+  int* counts = reinterpret_cast<int*>(simt::shared_memory());  // [warps][experts], then those of the warps before
   int* starts = counts + kWarps * a.experts;                    // [experts + 1]
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-  for (int i = threadIdx.x; i < kWarps * a.experts; i += kThreads) counts[i] = 0;
-  __syncthreads();
+  int chosen[kRounds] = {};  // how often this warp chose expert lane + 32 r
 
   const int each = (a.tokens + kWarps - 1) / kWarps;
   const int first = min(warp * each, a.tokens), last = min(first + each, a.tokens);
@@ -109,10 +131,12 @@ __global__ void __launch_bounds__(kThreads) route(const MoeRoutingArgs a) {
     if (lane < a.top_k) {
       a.expert_ids[t * a.top_k + lane] = mine.id;
       a.weights[t * a.top_k + lane] = (a.renormalize ? mine.score / sum : mine.score) * a.scale;
-      counts[warp * a.experts + mine.id]++;  // the ids of one token are distinct: no two lanes meet
     }
-    __syncwarp();
+    count_choices(chosen, mine.id);
   }
+#pragma unroll
+  for (int r = 0; r < kRounds; r++)
+    if (lane + 32 * r < a.experts) counts[warp * a.experts + lane + 32 * r] = chosen[r];
   __syncthreads();
 
   for (int e = threadIdx.x; e < a.experts; e += kThreads) {
@@ -143,12 +167,17 @@ __global__ void __launch_bounds__(kThreads) route(const MoeRoutingArgs a) {
   __syncthreads();
   for (int e = threadIdx.x; e <= a.experts; e += kThreads) a.offsets[e] = starts[e];
 
+  int place[kRounds];  // of this warp's first choice of expert lane + 32 r
+#pragma unroll
+  for (int r = 0; r < kRounds; r++) {
+    const int e = lane + 32 * r;
+    place[r] = e < a.experts ? starts[e] + counts[warp * a.experts + e] : 0;
+  }
   for (int t = first; t < last; t++) {
-    if (lane < a.top_k) {
-      const int flat = t * a.top_k + lane, id = a.expert_ids[flat];  // written by this lane
-      a.permutation[starts[id] + counts[warp * a.experts + id]++] = flat;
-    }
-    __syncwarp();
+    const int flat = t * a.top_k + lane, id = lane < a.top_k ? a.expert_ids[flat] : -1;  // written by this lane
+    const int at = held_for(place, id);
+    if (lane < a.top_k) a.permutation[at] = flat;
+    count_choices(place, id);
   }
 }
 
@@ -158,6 +187,7 @@ void moe_routing(const MoeRoutingArgs& a, Stream stream) {
   if (a.experts < 1 || a.experts > kMaxExperts) throw std::invalid_argument("moe_routing takes 1 to 256 experts");
   if (a.top_k < 1 || a.top_k > kMaxTopK || a.top_k > a.experts)
     throw std::invalid_argument("moe_routing takes top_k of 1 to 32, at most the experts");
+  if (a.tokens > INT32_MAX / a.top_k) throw std::invalid_argument("moe_routing takes fewer tokens a call");
   const size_t shared = sizeof(int) * (kWarps * a.experts + a.experts + 1);
   const auto kernel = a.experts <= 32 ? route<1> : a.experts <= 64 ? route<2> : a.experts <= 128 ? route<4> : route<8>;
   simt::launch(kernel, dim3(1), dim3(kThreads), shared, stream, a);

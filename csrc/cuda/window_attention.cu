@@ -77,18 +77,45 @@ struct WindowRows {
 
 // A row's terms in shared memory: c < size is the term of key row c, size + c that of key column c. Rows lie 8 banks
 // apart and those of the upper half of a group of 8 one further, so that a warp that reads keys 2 t of rows g meets no
-// bank twice. It writes the columns' terms shifted by its queries' own columns, two lanes to a bank here and there: no
-// place serves both.
+// bank twice.
 SIMT_BOTH constexpr int row_stride(int size) { return (2 * size + 1 + 23) / 32 * 32 + 8; }
 __device__ inline float* terms_of(float* terms, int row, int size) {
   return terms + row * row_stride(size) + ((row >> 2) & 1);
 }
 
+// Each warp's products of 16 queries with 32 rows of a table, before they are shifted by their queries' own places:
+// rows 8 banks apart, so that half a warp that stores pairs (a phase) meets no bank twice.
+constexpr int kStrip = 32, kStripStride = kStrip + 8, kStripBytes = kRows * kStripStride * 4;
+
+// The products of a strip of 32 table rows from `first` on become terms: key c of a query at `at` is what it has with
+// row at - c + size - 1. Stored from the accumulators, rows shifted by different amounts would meet in a bank; here a
+// warp takes one row at a time, whose terms lie together.
+__device__ inline void shift_strip(const float* strip, const WindowAttentionArgs& a, int axis, int first,
+                                   int first_query, float* terms) {
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, query = first_query + warp * 16;
+  int y = query / a.size, x = query - y * a.size;
+#pragma unroll 4
+  for (int r = 0; r < 16; r++) {
+    const int key = (axis ? x : y) - (first + lane) + a.size - 1;
+    const float term = strip[r * kStripStride + lane];
+    if (key >= 0 && key < a.size) terms_of(terms, warp * 16 + r, a.size)[axis * a.size + key] = term;
+    if (++x == a.size) x = 0, y++;
+  }
+}
+
+// Two stages of keys and values; the tables take the first of them, the strips what follows.
+SIMT_BOTH constexpr int shared_of_stages(int d) {
+  const int stage = 4 * kStage * d;
+  return stage + (stage > kStripBytes ? stage : kStripBytes);
+}
+
+// `stage` has room for 64 rows of both parts of a table, `strips` kStripBytes.
 template <int D>
 __device__ inline void relative_terms(const WindowAttentionArgs& a, const uint32_t (&q)[D / 16][4], int first_query,
-                                      unsigned char* stage, float* terms) {
+                                      unsigned char* stage, float* strips, float* terms) {
   const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3, warp = threadIdx.x >> 5;
   const int rows = 2 * a.size - 1;
+  float* strip = strips + warp * 16 * kStripStride;
   for (int axis = 0; axis < 2; axis++) {
     const bf16* const tables[2] = {axis ? a.rel_w_high : a.rel_h_high, axis ? a.rel_w_low : a.rel_h_low};
     for (int first = 0; first < rows; first += kStage) {
@@ -97,19 +124,22 @@ __device__ inline void relative_terms(const WindowAttentionArgs& a, const uint32
       simt::cp_async_commit();
       simt::cp_async_wait<0>();
       __syncthreads();
-      for (int piece = 0; piece < kStage && first + piece < rows; piece += 16) {
-        float s[2][4] = {};
-        add_scores<D>(q, stage + kStage * D * 2, piece, s);  // the smaller parts first
-        add_scores<D>(q, stage, piece, s);
+      for (int begin = 0; begin < kStage && first + begin < rows; begin += kStrip) {
+#pragma unroll 1
+        for (int piece = 0; piece < kStrip; piece += 16) {
+          float s[2][4] = {};
+          add_scores<D>(q, stage + kStage * D * 2, begin + piece, s);  // the smaller parts first
+          add_scores<D>(q, stage, begin + piece, s);
 #pragma unroll
-        for (int n = 0; n < 2; n++)
+          for (int n = 0; n < 2; n++)
 #pragma unroll
-          for (int e = 0; e < 4; e++) {
-            const int row = warp * 16 + g + 8 * (e >> 1), query = first_query + row;
-            const int at = axis ? query % a.size : query / a.size;
-            const int key = at - (first + piece + 8 * n + 2 * t + (e & 1)) + a.size - 1;
-            if (key >= 0 && key < a.size) terms_of(terms, row, a.size)[axis * a.size + key] = s[n][e];
-          }
+            for (int h = 0; h < 2; h++)
+              *reinterpret_cast<uint64_t*>(strip + (g + 8 * h) * kStripStride + piece + 8 * n + 2 * t) =
+                  simt::two_floats(s[n][2 * h], s[n][2 * h + 1]);
+        }
+        __syncwarp();
+        shift_strip(strip, a, axis, first + begin, first_query, terms);
+        __syncwarp();  // before the next products overwrite the strip
       }
       __syncthreads();  // before the next rows overwrite these
     }
@@ -128,7 +158,7 @@ __global__ void __launch_bounds__(kThreads, 2) attend(const WindowAttentionArgs 
   const int my_first = first_query + warp * 16;
 
   unsigned char* stages = simt::shared_memory();
-  float* terms = reinterpret_cast<float*>(stages + 2 * kStageBytes);
+  float* terms = reinterpret_cast<float*>(stages + shared_of_stages(D));
 
   uint32_t q[D / 16][4];
   load_queries<D>(
@@ -136,7 +166,7 @@ __global__ void __launch_bounds__(kThreads, 2) attend(const WindowAttentionArgs 
         return my_first + row < positions ? value_at(a, w, my_first + row, 0, head) : nullptr;
       },
       q);
-  relative_terms<D>(a, q, first_query, stages, terms);
+  relative_terms<D>(a, q, first_query, stages, reinterpret_cast<float*>(stages + kStageBytes), terms);
 
   const auto load = [&](int first_key, int stage) {
     unsigned char* to = stages + stage * kStageBytes;
@@ -193,7 +223,7 @@ __global__ void __launch_bounds__(kThreads, 2) attend(const WindowAttentionArgs 
 
 template <int D>
 void run(const WindowAttentionArgs& a, Stream stream) {
-  const size_t shared = size_t{4} * kStage * D * 2 + sizeof(float) * kRows * row_stride(a.size);
+  const size_t shared = shared_of_stages(D) + sizeof(float) * kRows * row_stride(a.size);
   const dim3 grid(static_cast<unsigned>(ceil_div(static_cast<int64_t>(a.size) * a.size, kRows)),
                   static_cast<unsigned>(a.heads), static_cast<unsigned>(a.views * a.across * a.across));
   simt::launch(attend<D>, grid, dim3(kThreads), shared, stream, a);

@@ -3,7 +3,6 @@
 #include <map>
 #include <random>
 #include <string>
-#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -24,6 +23,13 @@ struct AsyncCopy {
   Site site;
 };
 
+// What an instruction touched in shared memory.
+struct SharedAccess {
+  PlaceKey instruction;
+  uintptr_t address;  // within shared memory
+  int bytes;
+};
+
 enum class State { ready, at_barrier, in_warp_op, ended };
 
 struct Thread {
@@ -39,7 +45,7 @@ struct Thread {
   std::vector<AsyncCopy> open;                 // cp.async not yet committed
   std::vector<std::vector<AsyncCopy>> groups;  // committed, oldest first
   Clock clock;
-  std::map<PlaceKey, int> executions;  // of each access instruction, to find what a warp does together
+  std::vector<SharedAccess> shared_accesses;  // in order
 };
 
 struct LaneAccess {
@@ -100,8 +106,6 @@ class Machine {
   std::mt19937 random_;
   std::string error_;
   RaceDetector detector_;
-  // (instruction, warp, execution): what one instruction of a warp touches in shared memory
-  std::map<std::tuple<PlaceKey, int, int>, std::vector<LaneAccess>> transactions_;
   std::map<PlaceKey, Where> places_;
 };
 

@@ -51,15 +51,14 @@ struct Place {
 };
 extern thread_local const Place* place;  // of the running CUDA thread
 
-enum class WarpOp { shuffle, ballot, sync, mma, ldmatrix, ldmatrix_trans };
+enum class WarpOp { shuffle, reduce_or, sync, mma, ldmatrix, ldmatrix_trans };
 
 struct ShuffleArgs {
   uint32_t in, out;
   int source;  // lane
 };
-struct BallotArgs {
-  bool vote;
-  uint32_t out;
+struct ReduceArgs {
+  uint32_t in, out;
 };
 struct MmaArgs {
   float* d;
@@ -90,10 +89,13 @@ T shuffle(uint32_t mask, T value, int source, Site site) {
   return value;
 }
 
-inline uint32_t ballot(uint32_t mask, bool vote, Site site) {
-  BallotArgs args{vote, 0};
-  warp_collective(WarpOp::ballot, mask, &args, site);
+inline uint32_t reduce_or(uint32_t mask, uint32_t value, Site site) {
+  ReduceArgs args{value, 0};
+  warp_collective(WarpOp::reduce_or, mask, &args, site);
   return args.out;
+}
+inline uint32_t ballot(uint32_t mask, bool vote, Site site) {
+  return reduce_or(mask, static_cast<uint32_t>(vote) << lane_id(), site);
 }
 
 inline void mma_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Site site = Site::here()) {
@@ -162,6 +164,9 @@ inline bool __any_sync(uint32_t mask, bool vote, simt::Site site = simt::Site::h
 }
 inline bool __all_sync(uint32_t mask, bool vote, simt::Site site = simt::Site::here()) {
   return simt::ballot(mask, vote, site) == mask;
+}
+inline uint32_t __reduce_or_sync(uint32_t mask, uint32_t value, simt::Site site = simt::Site::here()) {
+  return simt::reduce_or(mask, value, site);
 }
 
 // Blocks run one after the other in one OS thread, so plain arithmetic is atomic; the race detector is told.

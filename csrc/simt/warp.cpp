@@ -1,7 +1,6 @@
 // Warp collectives: the last lane of the mask to arrive does the work of all.
 #include <algorithm>
 #include <cstring>
-#include <set>
 
 #include "simt/block.h"
 #include "simt/types.h"
@@ -17,12 +16,12 @@ T& arguments(Thread* lane) {
   return *static_cast<T*>(lane->arguments);
 }
 
-void ballot(Thread* const* lanes, uint32_t mask) {
-  uint32_t votes = 0;
+void reduce_or(Thread* const* lanes, uint32_t mask) {
+  uint32_t all = 0;
   for (int i = 0; i < 32; i++)
-    if (mask >> i & 1) votes |= static_cast<uint32_t>(arguments<BallotArgs>(lanes[i]).vote) << i;
+    if (mask >> i & 1) all |= arguments<ReduceArgs>(lanes[i]).in;
   for (int i = 0; i < 32; i++)
-    if (mask >> i & 1) arguments<BallotArgs>(lanes[i]).out = votes;
+    if (mask >> i & 1) arguments<ReduceArgs>(lanes[i]).out = all;
 }
 
 float element_of(uint32_t pair, int which) { return which ? high_bf16(pair) : low_bf16(pair); }
@@ -80,8 +79,8 @@ void Machine::run_collective(Thread* const* lanes, WarpOp op, uint32_t mask) {
   switch (op) {
     case WarpOp::shuffle:
       return shuffle(lanes, mask);
-    case WarpOp::ballot:
-      return ballot(lanes, mask);
+    case WarpOp::reduce_or:
+      return reduce_or(lanes, mask);
     case WarpOp::mma:
       return mma(lanes);
     case WarpOp::ldmatrix:
@@ -140,43 +139,6 @@ void Machine::ldmatrix(Thread* const* lanes, bool transposed) {
       out[m] = high << 16 | low;
     }
   }
-}
-
-// 32 banks of 4 bytes; lanes are served 128 bytes at a time: 32 lanes of up to 4 bytes, 16 of 8, 8 of 16. Lanes that
-// touch the same word share it.
-BankCount bank_conflicts(const std::vector<LaneAccess>& lanes) {
-  BankCount count;
-  std::map<int, std::set<uintptr_t>> words_of_phase;
-  for (const LaneAccess& a : lanes)
-    for (uintptr_t w = a.address / 4; w <= (a.address + a.bytes - 1) / 4; w++)
-      words_of_phase[a.lane / (32 / std::max(1, a.bytes / 4))].insert(w);
-  for (const auto& [phase, words] : words_of_phase) {
-    int used[32] = {}, largest = 1;
-    for (const uintptr_t w : words) largest = std::max(largest, ++used[w % 32]);
-    count.phases++;
-    count.extra += largest - 1;
-  }
-  return count;
-}
-
-void Machine::count_banks(Thread& thread, const void* p, size_t bytes, const Where& where) {
-  const PlaceKey key = where.code ? PlaceKey{where.code, 0} : PlaceKey{where.file, where.line};
-  places_.emplace(key, where);
-  const int execution = thread.executions[key]++;
-  transactions_[{key, thread.index / 32, execution}].push_back(
-      {thread.index % 32, reinterpret_cast<uintptr_t>(p) - reinterpret_cast<uintptr_t>(shared_),
-       static_cast<int>(bytes)});
-}
-
-void Machine::add_up_banks() {
-  for (const auto& [key, lanes] : transactions_) {
-    const BankCount banks = bank_conflicts(lanes);
-    BankCount& total = findings.shared[places_[std::get<0>(key)].text()];
-    total.phases += banks.phases;
-    total.extra += banks.extra;
-  }
-  transactions_.clear();
-  places_.clear();
 }
 
 }  // namespace simt

@@ -173,3 +173,15 @@ def test_models_that_cannot_chat(tmp_path: Path, capsys: pytest.CaptureFixture[s
     with pytest.raises(SystemExit):
         main(["chat"])
     assert "--model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [["generate", "--prompt", "Hi"], ["chat"]], ids=["generate", "chat"])
+def test_a_preset_is_refused_before_its_weights_are_made(
+    command: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chat_command, "LLM", lambda *_, **__: pytest.fail("a model was made"))
+    assert main([*command, "--model", "qwen3-0.6b", "--random-weights"]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "the preset 'qwen3-0.6b' has no tokenizer.json, so it takes no text" in err
+    assert "pagelens bench --model qwen3-0.6b --random-weights" in err

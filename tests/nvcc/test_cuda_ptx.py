@@ -114,6 +114,10 @@ def wrong_lane(text: str) -> str:
     return replaced(r"shfl\.sync\.bfly", "shfl.sync.down", text)
 
 
+def wrong_reduction(text: str) -> str:
+    return replaced(r"redux\.sync\.or", "redux.sync.and", text)
+
+
 MOE = "moe_ffn[37x192x96-8top2-shared192-bf16]"
 WINDOWS, CONV = "window_attention[1x10-window7-2x16-sharp1-bf16]", "conv_downsample[2x8x48-32-40-64-bf16]"
 PAGED = "paged_attention[70of70-block5-6of6x32-sharp1-bf16]"
@@ -123,10 +127,11 @@ MUTANTS = [
     (MOE, "gate_up", later_wait, Hazard),
     (MOE, "gate_up", no_barrier, Hazard),
     (MOE, "down", swapped_fragments, None),
-    (MOE, "route", no_warp_barrier, Hazard),
+    (MOE, "route", wrong_reduction, None),
     (MOE, "route", no_barrier, Hazard),
     (WINDOWS, "attend", later_wait, Hazard),
     (WINDOWS, "attend", no_barrier, Hazard),
+    (WINDOWS, "attend", no_warp_barrier, Hazard),
     (PAGED, "attend", no_warp_barrier, Hazard),
     (PAGED, "attend", wrong_lane, None),
     (SPLIT, "attend", later_wait, Hazard),

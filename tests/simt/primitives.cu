@@ -23,13 +23,14 @@ __global__ void block_sum(const int* x, int* out) {
 
 __global__ void shuffles(const int*, int* out) {
   const int lane = lane_id();
-  int* mine = out + threadIdx.x * 6;
+  int* mine = out + threadIdx.x * 7;
   mine[0] = __shfl_up_sync(kAll, lane, 3);
   mine[1] = __shfl_down_sync(kAll, lane, 3);
   mine[2] = __shfl_sync(kAll, lane, 40);  // modulo 32
   mine[3] = static_cast<int>(__ballot_sync(kAll, lane % 3 == 0));
   mine[4] = __any_sync(kAll, lane == 5) * 2 + __all_sync(kAll, lane < 32);
   mine[5] = lane < 16 ? __shfl_xor_sync(0xffffu, lane, 1) : -1;
+  mine[6] = static_cast<int>(__reduce_or_sync(kAll, lane % 3 == 0 ? 1u << (lane / 3) : 0u));
 }
 
 __global__ void partial_barrier(const int* x, int* out) {
@@ -124,6 +125,16 @@ __global__ void column_store(const int* x, int* out) {
   shared[threadIdx.x * 32] = x[threadIdx.x];  // all lanes in one bank
   out[threadIdx.x] = shared[threadIdx.x * 32];
 }
+__global__ void masked_rows(const int* x, int* out) {  // no round of the loop has two lanes in a bank
+  int* shared = reinterpret_cast<int*>(shared_memory());
+  const int lane = threadIdx.x;
+  shared[lane] = x[lane];
+  for (int r = 0; r < 8; r++) {
+    const int v = shared[lane];
+    if (lane < 4 * (r + 1)) shared[32 + r * 33 + lane] = v;
+  }
+  out[lane] = shared[lane];
+}
 
 }  // namespace
 
@@ -154,6 +165,7 @@ const Primitive kPrimitives[] = {
     {"never_waits", never_waits, 1, 32, 512},
     {"shared_overflow", shared_overflow, 1, 32, 128},
     {"column_store", column_store, 1, 32, 4096},
+    {"masked_rows", masked_rows, 1, 32, 2048},
 };
 
 bool run_primitive(const std::string& name, const int* x, int* out) {

@@ -50,7 +50,7 @@ int run(const std::string& name) {
   for (int i = 0; i < 1024; i++) x[i] = i * 7 + 1;
   if (!run_primitive(name, x.data(), out.data())) return std::fprintf(stderr, "no kernel %s\n", name.c_str()), 2;
   std::printf("out");
-  for (int i = 0; i < 400; i++) std::printf(" %d", out[i]);
+  for (int i = 0; i < 448; i++) std::printf(" %d", out[i]);
   std::printf("\n");
   return 0;
 }

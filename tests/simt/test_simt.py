@@ -102,7 +102,7 @@ def test_collectives_barriers_and_atomics(programs: dict[str, Path], order: str)
             lane = t % 32
             up, down = max(lane - 3, 0) if lane >= 3 else lane, lane + 3 if lane + 3 < 32 else lane
             half = lane ^ 1 if lane < 16 else -1
-            assert shuffled[t * 6 : t * 6 + 6] == [up, down, 8, ballot, 3, half]
+            assert shuffled[t * 7 : t * 7 + 7] == [up, down, 8, ballot, 3, half, 2**11 - 1]
         assert run(program, "partial_barrier", order).out[:128] == [*reversed(x[:64]), *[x[0]] * 64]
         for name in ("block_sum", "add_up", "shuffles", "partial_barrier", "warp_sync_is_enough"):
             found = run(program, name, order)
@@ -155,6 +155,11 @@ def test_shared_memory_ends_where_it_was_asked_to_end(programs: dict[str, Path])
 
 def test_bank_conflicts_of_plain_accesses_are_counted(programs: dict[str, Path]) -> None:
     assert list(run(programs["race"], "column_store").banks.values()) == [(1, 31), (1, 31)]
+
+
+def test_a_masked_store_is_matched_by_the_rounds_of_its_loop(programs: dict[str, Path]) -> None:
+    banks = list(run(programs["race"], "masked_rows").banks.values())
+    assert sorted(banks) == [(1, 0), (1, 0), (8, 0), (8, 0)]
 
 
 def test_mutant_without_the_second_barrier(folder: Path) -> None:

@@ -133,20 +133,33 @@ def resources_of(code: Code, shared: int, warps: int) -> Resources:
 
 
 def hot_loop(code: list[Line]) -> dict[str, int]:
-    """Instructions between a backward branch and its target: of the innermost such loops the one with most tensor
-    instructions, then the longest."""
+    """Instructions between a backward branch and its target: of all such loops the one with most tensor instructions
+    that has no smaller loop with some inside, then the longest. If none has any, the longest of the innermost.
+
+    Code that is laid behind the kernel's end (a detour where threads of a warp have parted) branches back, too: what
+    holds an EXIT is no loop.
+    """
     at = {address: index for index, (address, *_) in enumerate(code)}
-    spans = []
+    loops: list[tuple[int, int, Counter[str]]] = []
     for index, (_, name, _, operands) in enumerate(code):
         target = re.search(r"0x([0-9a-f]+)", operands) if name == "BRA" else None
         start = at.get(int(target[1], 16)) if target else None
         if start is not None and index - start > 4:
-            spans.append((start, index))
-    inner = [s for s in spans if not any(o != s and o[0] >= s[0] and o[1] <= s[1] for o in spans)]
-    mixes = [Counter(name for _, name, _, _ in code[start : end + 1]) for start, end in inner]
-    if not mixes:
-        return {}
-    return dict(max(mixes, key=lambda mix: (sum(mix[name] for name in TENSOR), sum(mix.values()))))
+            mix = Counter(name for _, name, _, _ in code[start : index + 1])
+            if "EXIT" not in mix:
+                loops.append((start, index, mix))
+
+    def tensor(mix: Counter[str]) -> int:
+        return sum(mix[name] for name in TENSOR)
+
+    if any(tensor(mix) for *_, mix in loops):
+        loops = [loop for loop in loops if tensor(loop[2])]
+    inner = [
+        mix
+        for start, end, mix in loops
+        if not any((s, e) != (start, end) and s >= start and e <= end for s, e, _ in loops)
+    ]
+    return dict(max(inner, key=lambda mix: (tensor(mix), sum(mix.values())), default=Counter()))
 
 
 _AMD = re.compile(r"^\s+((?:v|s|ds|global|buffer|scratch|flat)_[a-z0-9_]+)", re.M)
