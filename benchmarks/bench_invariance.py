@@ -278,6 +278,9 @@ def run_ops(kernels: Kernels, threads: int, wanted: str) -> list[tuple[str, ...]
             weights = "int8-cache" if cache is Int8AttentionCase else "bf16"
             make = lambda case=case, copies=copies: [case.bind(ops) for _ in range(copies)]  # type: ignore[misc] # noqa: E731
             time_calls(weights, name, make, 100)
+        case = cache(batch=Paged(((1, 2048),)), heads=16, kv_heads=8, head_dim=128, dtype=BF16)
+        name = "attention in the cache, 1 of 1 behind 2047"
+        time_calls(weights, name, lambda case=case: 8 * [case.bind(ops)], 100)  # type: ignore[misc]
     ops.close()
     return rows
 
@@ -309,6 +312,8 @@ def main() -> None:
     for weights in [] if args.ops else args.weights.split(","):
         spec = {"model": "qwen3-0.6b", "random_weights": True, "threads": args.threads}
         rows += run_engine(weights, spec, workloads, kernels)
+    if not rows:
+        raise SystemExit("bench_invariance: nothing to time")
     print(f"\n{isa}, {args.threads} threads{', top priority' if top else ''}\n{table(rows)}")
 
 

@@ -27,7 +27,7 @@ PAGELENS_INLINE void add_product(vf& c, const uint32_t* a, const uint32_t* w, [[
   accumulate(c, x, (vf)(D == DType::f32 ? word : e ? word & 0xffff0000u : word << 16));
 }
 
-constexpr int64_t kLongRow = 384;  // groups
+constexpr int64_t kLongRow = 384;  // groups, where one is one instruction
 
 template <DType D, int R, int S>
 __attribute__((noinline)) void split_tile(const void* a_, const void* w_, int64_t groups, float* acc, bool first,
@@ -35,7 +35,7 @@ __attribute__((noinline)) void split_tile(const void* a_, const void* w_, int64_
   constexpr int E = D == DType::bf16 && !kBf16Dot ? 2 : 1, G = S > E ? S / E : 1, NV = kPanel / W;
   const uint32_t* a = static_cast<const uint32_t*>(a_);
   const uint32_t* w = static_cast<const uint32_t*>(w_);
-  if (R == 1 && groups > kLongRow)
+  if (kBf16Dot && R == 1 && groups > kLongRow)
     return D == DType::f32 ? tile_f32<1>(a_, w_, groups, acc, first, fetch)
                            : tile_bf16<1>(a_, w_, groups, acc, first, fetch);
   [[maybe_unused]] const char* ahead = static_cast<const char*>(fetch.from);
