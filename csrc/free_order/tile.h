@@ -27,7 +27,7 @@ PAGELENS_INLINE void add_product(vf& c, const uint32_t* a, const uint32_t* w, [[
   accumulate(c, x, (vf)(D == DType::f32 ? word : e ? word & 0xffff0000u : word << 16));
 }
 
-constexpr int64_t kLongRow = 384;  // groups, where one is one instruction
+constexpr int64_t kLongRow = 384;  // groups; a longer row of bfloat16 dots is not split
 
 template <DType D, int R, int S>
 __attribute__((noinline)) void split_tile(const void* a_, const void* w_, int64_t groups, float* acc, bool first,
