@@ -7,8 +7,11 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <chrono>
 #include <functional>
 #include <optional>
+#include <utility>
+#include <vector>
 
 #include "common/cpu_features.h"
 #include "common/pack.h"
@@ -54,6 +57,23 @@ int64_t replay(Program& program) {
   return -1;
 }
 
+// What `replay` does; seconds of each call that was made.
+std::vector<double> timed_replay(Program& program) {
+  using Clock = std::chrono::steady_clock;
+  py::gil_scoped_release release;
+  const auto held = program.pool->lock();
+  std::vector<double> seconds;
+  seconds.reserve(program.calls->size());
+  Clock::time_point before = Clock::now();
+  for (const auto& call : *program.calls) {
+    const bool good = call() < 0;
+    const Clock::time_point after = Clock::now();
+    seconds.push_back(std::chrono::duration<double>(after - std::exchange(before, after)).count());
+    if (!good) break;
+  }
+  return seconds;
+}
+
 void bind_program(py::module_& m) {
   py::class_<Program>(m, "Program")
       .def(py::init([](ThreadPool& pool) { return Program{&pool}; }), py::keep_alive<1, 2>())
@@ -63,6 +83,7 @@ void bind_program(py::module_& m) {
              if (recorder.calls.lock() == self.calls) recorder = {};
            })
       .def("replay", &replay)
+      .def("timed_replay", &timed_replay)
       .def_property_readonly("num_calls", [](const Program& self) { return self.calls->size(); });
 }
 
@@ -239,6 +260,16 @@ void bind_products(py::module_& m) {
   });
 }
 
+// A plain read of the memory that products read, to set them beside.
+template <class T>
+void bind_read(py::module_& m) {
+  m.def("read_weights", [](ThreadPool& pool, const T& weights) {
+    const char* data = weights.memory->data();
+    const int64_t bytes = static_cast<int64_t>(weights.memory->size());
+    run_op(pool, [&pool, data, bytes] { return kernels().probe_read(pool, data, bytes), int64_t{-1}; });
+  });
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
@@ -275,4 +306,6 @@ PYBIND11_MODULE(_native, m) {
   bind_convolutions(m);
   bind_memory(m);
   bind_probe(m);
+  bind_read<Linear>(m);
+  bind_read<Swiglu>(m);
 }

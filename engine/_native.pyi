@@ -26,6 +26,9 @@ class Program:
     def begin(self) -> None: ...
     def end(self) -> None: ...
     def replay(self) -> int: ...
+    def timed_replay(self) -> list[float]:
+        """What `replay` does; seconds of each call that was made."""
+
     @property
     def num_calls(self) -> int: ...
 
@@ -201,6 +204,9 @@ def probe_bandwidth(pool: ThreadPool, num_bytes: int = 2**30, repeats: int = 3) 
     Each thread reads one linear stream in huge pages, as decoding reads weights. The memory is freed afterwards.
     Raises ValueError outside 2^20..2^40 bytes and 1..10000 repeats, MemoryError if there is no such memory.
     """
+
+def read_weights(pool: ThreadPool, weights: Linear | Swiglu, /) -> None:
+    """Read packed weights as `probe_bandwidth` reads its memory, and do nothing with them; a Program records it."""
 
 def probe_flops(pool: ThreadPool, kind: str, seconds: float = 0.1, repeats: int = 3) -> list[float]:
     """Operations a second (a multiplication and an addition are two) of about `seconds` in registers, `repeats` times.

@@ -2,6 +2,8 @@
 //
 // What is read or computed is of no use to anybody, so empty assembly statements stand where the compiler must believe
 // that it is used.
+#include <algorithm>
+
 #include "common/simd.h"
 #include "common/thread_pool.h"
 
@@ -85,8 +87,12 @@ __attribute__((noinline)) void read(const char* from, int64_t bytes) {
 }  // namespace
 
 void probe_read(ThreadPool& pool, const char* data, int64_t bytes) {
-  constexpr int64_t kPiece = int64_t{1} << 18;
-  pool.run(bytes / kPiece, [&](int64_t i, int) { read(data + i * kPiece, kPiece); });
+  constexpr int64_t kPiece = int64_t{1} << 18, kStep = 512;
+  const int64_t steps = bytes / kStep, pieces = std::max<int64_t>((bytes + kPiece - 1) / kPiece, pool.num_threads());
+  pool.run(pieces, [&](int64_t i, int) {
+    const int64_t from = steps * i / pieces * kStep, to = steps * (i + 1) / pieces * kStep;
+    read(data + from, to - from);
+  });
 }
 
 double probe_arithmetic(ThreadPool& pool, ProbeKind kind, int64_t rounds) {

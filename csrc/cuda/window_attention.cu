@@ -94,11 +94,13 @@ __device__ inline void shift_strip(const float* strip, const WindowAttentionArgs
                                    int first_query, float* terms) {
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, query = first_query + warp * 16;
   int y = query / a.size, x = query - y * a.size;
-#pragma unroll 4
+  float row[16];  // all loads first: each store may be to what the next load reads, as far as the compiler knows
+#pragma unroll
+  for (int r = 0; r < 16; r++) row[r] = strip[r * kStripStride + lane];
+#pragma unroll
   for (int r = 0; r < 16; r++) {
     const int key = (axis ? x : y) - (first + lane) + a.size - 1;
-    const float term = strip[r * kStripStride + lane];
-    if (key >= 0 && key < a.size) terms_of(terms, warp * 16 + r, a.size)[axis * a.size + key] = term;
+    if (key >= 0 && key < a.size) terms_of(terms, warp * 16 + r, a.size)[axis * a.size + key] = row[r];
     if (++x == a.size) x = 0, y++;
   }
 }

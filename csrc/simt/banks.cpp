@@ -29,42 +29,45 @@ void Machine::count_banks(Thread& thread, const void* p, size_t bytes, const Whe
   const PlaceKey key = where.code ? PlaceKey{where.code, 0} : PlaceKey{where.file, where.line};
   places_.emplace(key, where);
   const uintptr_t address = reinterpret_cast<uintptr_t>(p) - reinterpret_cast<uintptr_t>(shared_);
-  thread.shared_accesses.push_back({key, address, static_cast<int>(bytes)});
+  thread.shared_accesses.push_back({key, address, static_cast<int>(bytes), thread.epoch});
 }
 
 namespace {
 
-// Instruction, accesses by common instructions before, executions since the last of them.
-using Moment = std::tuple<PlaceKey, int, int>;
+// Instruction, epoch, accesses by common instructions in it before, executions since the last of them.
+using Moment = std::tuple<PlaceKey, int, int, int>;
+using Between = std::pair<PlaceKey, int>;  // an instruction between two collectives of the warp
 
 // The accesses of a warp by the instruction execution that they are part of.
 //
-// Threads run one by one, so what ran together must be found. Instructions that all lanes executed equally often are
-// taken to have run together each time, and they date the others: those under a condition, whose n-th executions in two
-// lanes may lie in different rounds of a loop. A condition in a loop without another access of shared memory is counted
-// by executions alone, and then too much may be found.
+// Threads run one by one, so what ran together must be found. What lies between the same two collectives of the whole
+// warp does. Within such an epoch, instructions that all lanes executed equally often are taken to have run together
+// each time, and they date the others: those under a condition, whose n-th executions in two lanes may lie in different
+// rounds of a loop. Where neither a collective nor an access of all lanes separates the rounds, executions alone are
+// counted, and too much or too little may be found.
 std::map<Moment, std::vector<LaneAccess>> join_lanes(const std::vector<Thread*>& lanes) {
-  std::map<PlaceKey, std::vector<int>> executions;
+  std::map<Between, std::vector<int>> executions;
   for (size_t i = 0; i < lanes.size(); i++)
     for (const SharedAccess& a : lanes[i]->shared_accesses) {
-      std::vector<int>& counts = executions[a.instruction];
+      std::vector<int>& counts = executions[{a.instruction, a.epoch}];
       counts.resize(lanes.size());
       counts[i]++;
     }
-  std::set<PlaceKey> common;
+  std::set<Between> common;
   for (const auto& [instruction, counts] : executions)
     if (std::count(counts.begin(), counts.end(), counts[0]) == static_cast<int64_t>(counts.size()))
       common.insert(instruction);
 
   std::map<Moment, std::vector<LaneAccess>> together;
   for (const Thread* thread : lanes) {
-    std::map<PlaceKey, int> own;    // executions of common instructions
-    std::map<PlaceKey, int> since;  // of others, since the last common one
-    int before = 0;
+    std::map<Between, int> own;    // executions of common instructions
+    std::map<Between, int> since;  // of others, since the last common one
+    int before = 0, epoch = 0;
     for (const SharedAccess& a : thread->shared_accesses) {
-      const bool dates = common.count(a.instruction) != 0;
-      const Moment moment = dates ? Moment{a.instruction, -1, own[a.instruction]++}
-                                  : Moment{a.instruction, before, since[a.instruction]++};
+      if (a.epoch != epoch) epoch = a.epoch, before = 0, since.clear();
+      const bool dates = common.count({a.instruction, a.epoch}) != 0;
+      const Moment moment = dates ? Moment{a.instruction, a.epoch, -1, own[{a.instruction, a.epoch}]++}
+                                  : Moment{a.instruction, a.epoch, before, since[{a.instruction, a.epoch}]++};
       together[moment].push_back({thread->index % 32, a.address, a.bytes});
       if (dates) before++, since.clear();
     }

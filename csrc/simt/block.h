@@ -28,6 +28,7 @@ struct SharedAccess {
   PlaceKey instruction;
   uintptr_t address;  // within shared memory
   int bytes;
+  int epoch;  // collectives of the whole warp before it
 };
 
 enum class State { ready, at_barrier, in_warp_op, ended };
@@ -46,6 +47,7 @@ struct Thread {
   std::vector<std::vector<AsyncCopy>> groups;  // committed, oldest first
   Clock clock;
   std::vector<SharedAccess> shared_accesses;  // in order
+  int epoch = 0;  // collectives of the whole warp so far: what lies between two of them ran between them in all lanes
 };
 
 struct LaneAccess {

@@ -201,6 +201,7 @@ void Machine::release(int id) {
   for (Thread& t : threads_)
     if (t.state == State::at_barrier && t.barrier_id == id) {
       t.state = State::ready;
+      t.epoch += id == 0;
       together.push_back(&t);
     }
   order(together);

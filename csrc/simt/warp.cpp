@@ -71,7 +71,7 @@ void Machine::warp_collective(WarpOp op, uint32_t mask, void* arguments, Site si
     if (!here) return yield();  // a later lane does the work
   }
   for (Thread* lane : lanes)
-    if (lane) lane->state = State::ready;
+    if (lane) lane->state = State::ready, lane->epoch += mask == ~0u;
   run_collective(lanes, op, mask);
 }
 

@@ -233,6 +233,7 @@ class Decoder:
         self._rope = rope_table(config, self._embed.device)
         self._scratch = Workspace(self._embed.device)
         self._steps = StepPrograms(ops, self._scratch)
+        self._whole_steps = StepPrograms(ops, self._scratch)  # with the last norm
 
     @property
     def dtype(self) -> torch.dtype:
@@ -265,7 +266,14 @@ class Decoder:
         Raises ShapeError if ids, slots or positions are out of range or the batch's tensors disagree; ConfigError if
         logits are asked of a model without a head.
         """
-        return self._logits(self._run(batch, kv, stages), batch.logit_rows)
+        rows = batch.logit_rows
+        if stages is not None or self._embed.device.type != "cpu":
+            return self._logits(self._final(self._run(batch, kv, stages), rows))
+        # The last norm is recorded, too: after all weights have gone through the caches a call from Python begins in
+        # memory. A device would have to record each number of rows.
+        self._check_cache(kv)
+        final = self._whole_steps.run(batch, kv, lambda: self._final(self._layers_of(batch, kv, None), rows), rows)
+        return self._logits(final)
 
     def forward_pooled(self, batch: ForwardBatch, kv: KVCacheView) -> tuple[Tensor, Tensor]:
         """What `forward` returns, and the hidden states [P, C] float32 of batch.pooled_rows after the final norm.
@@ -277,15 +285,18 @@ class Decoder:
         x = self._run(batch, kv)
         # Copied before the next use of the scratch memory that the rows stand in.
         hidden = self._final(x, batch.pooled_rows).to(torch.float32, copy=True)
-        return self._logits(x, batch.logit_rows), hidden
+        return self._logits(self._final(x, batch.logit_rows)), hidden
 
     def _run(self, batch: ForwardBatch, kv: KVCacheView, stages: Stages | None = None) -> Tensor:
         """The residual stream [N, C] after the last layer, in scratch memory."""
-        if len(kv.keys) != self.config.num_layers or len(kv.values) != self.config.num_layers:
-            raise ShapeError(f"the cache has {len(kv.keys)} layers, the model {self.config.num_layers}")
+        self._check_cache(kv)
         if stages is None:
             return self._steps.run(batch, kv, lambda: self._layers_of(batch, kv, None))
         return self._layers_of(batch, kv, stages)
+
+    def _check_cache(self, kv: KVCacheView) -> None:
+        if len(kv.keys) != self.config.num_layers or len(kv.values) != self.config.num_layers:
+            raise ShapeError(f"the cache has {len(kv.keys)} layers, the model {self.config.num_layers}")
 
     def _layers_of(self, batch: ForwardBatch, kv: KVCacheView, stages: Stages | None) -> Tensor:
         n, width = batch.token_ids.shape[0], self.config.hidden_size
@@ -306,12 +317,12 @@ class Decoder:
         self._ops.embedding(rows, x, out=final)
         return self._ops.rms_norm(final, self._norm, self.config.rms_norm_eps, out=final)
 
-    def _logits(self, x: Tensor, rows: Tensor) -> Tensor:
+    def _logits(self, final: Tensor) -> Tensor:
         if self._lm_head is None:
-            if rows.shape[0]:
+            if final.shape[0]:
                 raise ConfigError("the model has no output head, so there are no logits")
-            return torch.empty((0, self.config.vocab_size), dtype=torch.float32, device=x.device)
-        return self._ops.linear(self._final(x, rows), self._lm_head, out_dtype=torch.float32)
+            return torch.empty((0, self.config.vocab_size), dtype=torch.float32, device=final.device)
+        return self._ops.linear(final, self._lm_head, out_dtype=torch.float32)
 
     def _embed_batch(self, batch: ForwardBatch, x: Tensor) -> None:
         self._ops.embedding(batch.token_ids, self._embed, out=x)

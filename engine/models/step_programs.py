@@ -37,8 +37,13 @@ class StepPrograms:
         self._steps: dict[tuple[int, ...], _Step] = {}
         self._last: tuple[ForwardBatch, KVCacheView, _Step] | None = None
 
-    def run(self, batch: ForwardBatch, kv: KVCacheView, compute: Callable[[], Tensor]) -> Tensor:
-        """What `compute` returns: memory of the workspace, valid until the next call."""
+    def run(
+        self, batch: ForwardBatch, kv: KVCacheView, compute: Callable[[], Tensor], rows: Tensor | None = None
+    ) -> Tensor:
+        """What `compute` returns: memory of the workspace, valid until the next call.
+
+        rows  those of the batch that `compute` picks out, if it does
+        """
         last = self._last
         if last is not None and last[0] is batch and last[1] is kv and self._replay(last[2]):
             return last[2].result
@@ -55,6 +60,7 @@ class StepPrograms:
             batch.context_lens.data_ptr(),
             batch.block_tables.data_ptr(),
             batch.block_tables.shape[1],
+            *(() if rows is None else (rows.data_ptr(), rows.shape[0])),
         )
         step = self._steps.get(key)
         if step is not None and self._replay(step):

@@ -90,4 +90,4 @@ def run_tests_with(extension: Path, *tests: str) -> subprocess.CompletedProcess[
         ]
         environment["LD_PRELOAD"] = " ".join(library.strip() for library in libraries)
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-s", *tests]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1800)

@@ -264,6 +264,8 @@ def test_sizes_that_a_kernel_cannot_take(kernels: ModuleType) -> None:
     """Below the adapter's own checks."""
     with pytest.raises(ValueError, match="1 to 256 experts"):
         kernels.moe_routing(0, 1, 257, 8, False, 1.0, 0, 0, 0, 0, 0)
+    with pytest.raises(ValueError, match="0 to 2147483616 tokens with this top_k, not 2147483647; split the batch"):
+        kernels.moe_routing(0, 2**31 - 1, 1, 1, False, 1.0, 0, 0, 0, 0, 0)
     with pytest.raises(ValueError, match="bfloat16, int8 or int4, not int2"):
         kernels.grouped_gemm(0, 1, 8, 8, 1, 1, "int2", *[0] * 11)
 

@@ -18,7 +18,7 @@ BF16 = torch.bfloat16
 ATTENTION = AttentionCase(batch=Paged(((1, 600), (3, 90))), heads=4, kv_heads=2, head_dim=64, dtype=BF16)
 MOE = MoeCase(rows=40, width=192, inner=96, shared=0, dtype=BF16)
 CONV = ConvDownsampleCase(batch=1, grid=6, dtype=BF16)
-# A row of 16 keys: of other sizes reads of the terms meet in banks, too.
+# Rows of 16 keys: of sizes that are no multiple of 8 reads of the terms meet in banks, too.
 WINDOWS = WindowAttentionCase(grid=20, window=16, heads=1, head_dim=64, dtype=BF16)
 ROPE = RopeCase(batch=Paged(((3, 19), (1, 20))), heads=4, kv_heads=2, head_dim=64, norm=True, dtype=BF16)
 
@@ -127,7 +127,7 @@ MUTANTS = (
         "race",
     ),
     Mutant(
-        "terms stored as the accumulators hold them",
+        "a strip without padding",
         "window_attention.cu",
         "kStripStride = kStrip + 8",
         "kStripStride = kStrip",

@@ -70,6 +70,27 @@ def test_hot_loop_is_the_innermost_with_tensor_instructions() -> None:
     assert assembly.hot_loop(listing(*lines[:8])) == {}
 
 
+def test_a_loop_without_tensor_instructions_inside_the_hot_loop() -> None:
+    """Copying a tile in a loop of its own does not hide the loop that multiplies."""
+    lines = [f"        /*{16 * i:04x}*/                   IADD3 R1, R1, R2, RZ ;" for i in range(20)]
+    lines[8] = "        /*0080*/              @P0 BRA 0x20 ;"
+    lines[12] = "        /*00c0*/                   HMMA.16816.F32.BF16 R4, R8, R12, R4 ;"
+    lines[13] = "        /*00d0*/               @P2 EXIT ;"
+    lines[18] = "        /*0120*/              @P1 BRA 0x0 ;"
+    lines[19] = "        /*0130*/                   EXIT ;"
+    assert assembly.hot_loop(listing(*lines)) == {"IADD3": 15, "HMMA": 1, "EXIT": 1, "BRA": 2}
+
+
+def test_the_way_back_from_a_detour_is_no_loop() -> None:
+    lines = [f"        /*{16 * i:04x}*/                   IADD3 R1, R1, R2, RZ ;" for i in range(20)]
+    lines[8] = "        /*0080*/              @P0 BRA 0x20 ;"
+    lines[10] = "        /*00a0*/                   EXIT ;"
+    lines[18] = "        /*0120*/                   BRA 0x10 ;"
+    assert assembly.hot_loop(listing(*lines)) == {"IADD3": 6, "BRA": 1}
+    lines[18] = "        /*0120*/              @P0 BRA 0xb0 ;"  # a loop behind the end
+    assert assembly.hot_loop(listing(*lines)) == {"IADD3": 7, "BRA": 1}
+
+
 def test_amd_loop() -> None:
     multiply = "\tv_mfma_f32_32x32x8_bf16 a[0:15], v[0:1], v[2:3], a[0:15]"
     lines = (".LBB0_1:", "\tv_add_u32 v1, v2, v3", multiply, "\ts_cbranch_scc1 .LBB0_1", "\tv_mov_b32 v0, v1")

@@ -7,6 +7,7 @@ import os
 import shlex
 import subprocess
 import sysconfig
+import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,8 +16,8 @@ ROOT = Path(__file__).parents[2]
 RUNTIME = sorted((ROOT / "csrc/simt").glob("*.cpp"))
 COMMON = ["-std=c++17", "-g", "-Wall", "-Wextra", "-Wno-unknown-pragmas", f"-I{ROOT / 'csrc'}"]
 SANITIZE = ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
-# The flags of the runtime and drivers, and of the kernels. Only kernels carry the hooks of the race detector; the loads
-# there stay outside the conditions that use them, as a card has them, which bank conflicts need (csrc/simt/banks.cpp).
+# The flags of the runtime and drivers, and of the kernels. Only kernels carry the hooks of the race detector; loads
+# are not moved into the conditions that use them, so that they tell the rounds of a loop apart (csrc/simt/banks.cpp).
 VARIANTS = {
     "plain": (["-O2"], ["-O2"]),
     "race": (["-O2"], ["-O1", "-fsanitize=thread", "-fno-tree-sink"]),
@@ -76,7 +77,7 @@ def compile_once(source: Path, flags: Sequence[str], headers: str) -> Path:
     key = hashlib.sha256("\0".join([*command, source.read_text(), headers]).encode()).hexdigest()[:16]
     target = CACHE / f"{source.name}-{key}.o"
     if not target.exists():
-        part = target.with_suffix(f".{os.getpid()}")
+        part = target.with_suffix(f".{os.getpid()}-{threading.get_ident()}")
         run([*command, "-o", part])
         part.replace(target)
     return target
@@ -118,7 +119,7 @@ def build_extension(variant: str, mutants: Mapping[str, tuple[str, str]] | None 
     target = CACHE / f"{variant}-{key}" / f"{EXTENSION}.so"
     if not target.exists():
         target.parent.mkdir(exist_ok=True)
-        part = target.with_suffix(f".{os.getpid()}")
+        part = target.with_suffix(f".{os.getpid()}-{threading.get_ident()}")
         run([*compiler(), "-shared", *(SANITIZE if variant == "asan" else []), *objects, "-ldl", "-o", part])
         part.replace(target)
     return target

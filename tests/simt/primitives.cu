@@ -136,6 +136,18 @@ __global__ void masked_rows(const int* x, int* out) {  // no round of the loop h
   out[lane] = shared[lane];
 }
 
+__global__ void pivots(const int* x, int* out) {  // round r: lanes 0..r store into bank r: r extra cycles
+  int* shared = reinterpret_cast<int*>(shared_memory());
+  const int lane = threadIdx.x, v = x[lane];
+  for (int r = 0; r < 32; r++) {
+    if (lane == r) shared[lane] = v;
+    __syncwarp();
+    if (lane <= r) shared[32 + r + 32 * lane] = v;
+    __syncwarp();
+  }
+  out[lane] = shared[lane];
+}
+
 }  // namespace
 
 struct Primitive {
@@ -165,6 +177,7 @@ const Primitive kPrimitives[] = {
     {"never_waits", never_waits, 1, 32, 512},
     {"shared_overflow", shared_overflow, 1, 32, 128},
     {"column_store", column_store, 1, 32, 4096},
+    {"pivots", pivots, 1, 32, 8192},
     {"masked_rows", masked_rows, 1, 32, 2048},
 };
 

@@ -162,6 +162,10 @@ def test_a_masked_store_is_matched_by_the_rounds_of_its_loop(programs: dict[str,
     assert sorted(banks) == [(1, 0), (1, 0), (8, 0), (8, 0)]
 
 
+def test_masked_stores_are_matched_by_the_barriers_of_their_warp(programs: dict[str, Path]) -> None:
+    assert (32, sum(range(32))) in run(programs["race"], "pivots").banks.values()
+
+
 def test_mutant_without_the_second_barrier(folder: Path) -> None:
     line = "__syncthreads();  // before the next load overwrites the stage"
     program = mutant(folder, "race", "no_barrier", line, "")

@@ -53,7 +53,7 @@ def engine() -> Iterator[Engine]:
 
 
 class Recorder:
-    """Replaces `preprocess`: counts the pages that each thread has made, and can hold the first in the thread."""
+    """Replaces `preprocess`: notes which thread has made each page."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.original = inputs.preprocess
@@ -86,6 +86,8 @@ def test_pages_of_waiting_requests_are_made_during_a_pass(engine: Engine, monkey
     def pause() -> None:
         if not during:
             assert recorder.wait_until_ahead(LOOK_AHEAD)
+            assert engine._preprocessing is not None
+            engine._preprocessing.submit(int).result(WAIT_S)  # behind whatever else was asked for
             during.append(recorder.ahead)
 
     model: Any = engine.runner.model
@@ -99,10 +101,11 @@ def test_pages_of_waiting_requests_are_made_during_a_pass(engine: Engine, monkey
 
 def test_an_error_ahead_is_that_of_its_request(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     recorder = Recorder(monkeypatch)
-    original = recorder.original
+    original, failed = recorder.original, list[str]()
 
     def fail_second(pixels: Any, plan: Any) -> Any:
         if np.array_equal(np.asarray(pixels), page(1)):
+            failed.append(threading.current_thread().name)
             raise ValueError("this page is broken")
         return original(pixels, plan)
 
@@ -110,6 +113,7 @@ def test_an_error_ahead_is_that_of_its_request(engine: Engine, monkeypatch: pyte
     states = run(engine, 3)
     assert [state.error is None for state in states] == [True, False, True]
     assert "this page is broken" in str(states[1].error)
+    assert [name.startswith(THREAD) for name in failed] == [True]
 
 
 def test_a_cancelled_request_leaves_no_page_behind(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,8 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+import torch
 
 from pagelens import _native
+from pagelens.ops.native import NativeOps
 
 LANES = {"portable": 4, "avx2": 8, "avx512": 16, "avx512_bf16": 16}
 TERMS = {"float32": 1, "bfloat16": 2, "int8": 4}
@@ -67,3 +69,38 @@ def test_a_closed_pool_probes_nothing() -> None:
         _native.probe_flops(pool, "float32")
     with pytest.raises(RuntimeError, match="closed"):
         _native.probe_bandwidth(pool, 1 << 20)
+
+
+@pytest.mark.parametrize("outs", [1, 40, 3000])
+def test_a_read_of_weights_is_recorded_and_timed(isa: str, outs: int) -> None:
+    """Its time is that of its bytes: none is done without them, of one line or of many pieces."""
+    ops = NativeOps(2)
+    packed = ops.pack_linear(torch.zeros(outs, 1024))
+    ids, table, out = torch.tensor([0], dtype=torch.int32), torch.zeros(2, 8), torch.empty(1, 8)
+    program = ops.new_program()
+    program.begin()
+    _native.read_weights(ops._pool, packed.handle)
+    ops.embedding(ids, table, out=out)
+    program.end()
+    _native.read_weights(ops._pool, packed.handle)
+    assert program.num_calls == 2
+    read, lookup = program.timed_replay()
+    assert packed.handle.num_bytes / 1e12 < read < 1.0
+    assert 0 < lookup < 1.0
+    ops.close()
+
+
+def test_a_timed_replay_ends_at_what_is_bad() -> None:
+    ops = NativeOps(1)
+    ids, table, out = torch.tensor([0], dtype=torch.int32), torch.zeros(2, 8), torch.empty(1, 8)
+    program = ops.new_program()
+    program.begin()
+    for _ in range(3):
+        ops.embedding(ids, table, out=out)
+    program.end()
+    ids[0] = 2
+    assert len(program.timed_replay()) == 1
+    assert program.replay() == 0
+    ids[0] = 1
+    assert len(program.timed_replay()) == 3
+    ops.close()

@@ -26,7 +26,7 @@ class Resources:
 
     AMD: registers are vector registers, `accumulators` of them in the second half of the file; stack is scratch.
     wide_copies: copy instructions of 16 bytes; tensor, copies, spills: instructions in the whole kernel;
-    loop: instructions of the innermost loop with the most tensor instructions (or the longest), by name.
+    loop: instructions of the hot loop (hot_loop, amd_loop), by name.
     """
 
     registers: int
@@ -74,10 +74,10 @@ def run_tool(*arguments: str) -> str:
     return subprocess.run(arguments, capture_output=True, text=True, check=True).stdout
 
 
-_SASS = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)((?:\.[\w]+)*)([^;]*);", re.M)
+_SASS = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)((?:\.[\w]+)*)([^;]*);", re.M)
 _FUNCTION = re.compile(r"^\s*Function : (\S+)$", re.M)
 _USAGE = re.compile(r"Function ([^\s:]+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+)")
-Line = tuple[int, str, str, str]  # address, name, modifiers, operands
+Line = tuple[int, str, str, str]  # address, name, modifiers, predicate and operands
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def read_cubin(path: str) -> dict[str, Code]:
 
 
 def sass(listing: str) -> list[Line]:
-    return [(int(m[1], 16), m[2], m[3], m[4]) for m in _SASS.finditer(listing)]
+    return [(int(m[1], 16), m[3], m[4], f"{m[2] or ''}{m[5]}".strip()) for m in _SASS.finditer(listing)]
 
 
 def read_nvidia(compiled: Compiled) -> Resources:
@@ -136,18 +136,17 @@ def hot_loop(code: list[Line]) -> dict[str, int]:
     """Instructions between a backward branch and its target: of all such loops the one with most tensor instructions
     that has no smaller loop with some inside, then the longest. If none has any, the longest of the innermost.
 
-    Code that is laid behind the kernel's end (a detour where threads of a warp have parted) branches back, too: what
-    holds an EXIT is no loop.
+    Behind the kernel's end lie detours of warps whose threads have parted; their way back leads over the end (an EXIT
+    without a condition) and is no loop. A loop may lie there, too.
     """
     at = {address: index for index, (address, *_) in enumerate(code)}
+    ends = [index for index, (_, name, _, operands) in enumerate(code) if name == "EXIT" and not operands]
     loops: list[tuple[int, int, Counter[str]]] = []
     for index, (_, name, _, operands) in enumerate(code):
         target = re.search(r"0x([0-9a-f]+)", operands) if name == "BRA" else None
         start = at.get(int(target[1], 16)) if target else None
-        if start is not None and index - start > 4:
-            mix = Counter(name for _, name, _, _ in code[start : index + 1])
-            if "EXIT" not in mix:
-                loops.append((start, index, mix))
+        if start is not None and index - start > 4 and not any(start < end < index for end in ends):
+            loops.append((start, index, Counter(name for _, name, _, _ in code[start : index + 1])))
 
     def tensor(mix: Counter[str]) -> int:
         return sum(mix[name] for name in TENSOR)
@@ -194,7 +193,7 @@ def read_amd(compiled: Compiled) -> Resources:
 
 
 def amd_loop(text: str) -> dict[str, int]:
-    """As hot_loop, of labels .LBB0_n and branches back to them."""
+    """Of labels .LBB0_n and branches back to them: the innermost loop with most mfma, then the longest."""
     code: list[str] = []
     labels: dict[str, int] = {}
     spans = []
