@@ -91,6 +91,16 @@ def instruction_sets() -> dict[str, list[str]]:
     return sets
 
 
+def free_order_sets(sets: dict[str, list[str]]) -> list[str]:
+    """PAGELENS_FREE_ORDER=avx2,avx512 adds these sets a second time, as `<name>_free`: with sums in free order, for
+    benchmarks/bench_invariance.py. They are no instruction sets to choose from; only `set_isa` knows them."""
+    wanted = [name for name in os.environ.get("PAGELENS_FREE_ORDER", "").split(",") if name]
+    for name in wanted:
+        if name not in sets:
+            raise SystemExit(f"PAGELENS_FREE_ORDER names {name!r}, which is not built; built are {', '.join(sets)}")
+    return wanted
+
+
 # sm_100 and sm_120 need CUDA 12.8 or newer. The PTX is that of the oldest: PTX serves its own target and newer ones
 # only, and the kernels use nothing newer. So it serves what comes later and what lies between (sm_110).
 CUDA_TARGETS = ("80", "86", "89", "90", "100", "120")
@@ -161,16 +171,20 @@ class BuildNative(build_ext):
         import pybind11
 
         sets = instruction_sets()
+        free = free_order_sets(sets)
         include = ["-I", str(CSRC), "-I", pybind11.get_include(), "-I", sysconfig.get_paths()["include"]]
-        have = [f"-DPAGELENS_HAS_{name.upper()}" for name in sets]
+        have = [f"-DPAGELENS_HAS_{name.upper()}" for name in [*sets, *(f"{name}_free" for name in free)]]
         jobs: list[tuple[list[str], Path]] = []
         for source in [*sorted(CSRC.glob("*.cpp")), *sorted((CSRC / "common").glob("*.cpp"))]:
             chosen = have if source.stem == "cpu_features" else []
-            jobs.append(self.job(source, OBJECTS / "common", [*CXX_FLAGS, *include, *chosen]))
-        for name, flags in sets.items():
+            folder = OBJECTS / ("common_free" if free and chosen else "common")  # each keeps its own object
+            jobs.append(self.job(source, folder, [*CXX_FLAGS, *include, *chosen]))
+        variants = [(name, name, []) for name in sets]
+        variants += [(name, f"{name}_free", ["-DPAGELENS_FREE_ORDER"]) for name in free]
+        for name, namespace, defines in variants:
+            own = [*CXX_FLAGS, "-I", str(CSRC), f"-DPAGELENS_ISA={namespace}", f"-DPAGELENS_ISA_{name.upper()}"]
             for source in sorted((CSRC / "cpu").glob("*.cpp")):
-                own = [*CXX_FLAGS, "-I", str(CSRC), f"-DPAGELENS_ISA={name}", f"-DPAGELENS_ISA_{name.upper()}", *flags]
-                jobs.append(self.job(source, OBJECTS / name, own))
+                jobs.append(self.job(source, OBJECTS / namespace, [*own, *defines, *sets[name]]))
         self.compile_all(jobs)
         self.link(ext, [str(obj) for _, obj in jobs])
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -22,14 +24,15 @@ ROOM = 64  # tokens that a sample may decode behind its depth
 
 
 class Ours:
-    """spec: model (a folder, or a preset with random_weights), weights, threads, max_depth, batch."""
+    """spec: model (a folder, or a preset with random_weights), weights, kv_cache_dtype, threads, max_depth, batch."""
 
     def __init__(self, spec: dict[str, Any]) -> None:
-        self._engine: Engine = build_engine(
+        self.engine: Engine = build_engine(
             EngineConfig(
                 spec["model"],
                 dtype=spec.get("dtype", "bfloat16"),
                 weights=spec.get("weights", "auto"),
+                kv_cache_dtype=spec.get("kv_cache_dtype", "auto"),
                 num_threads=spec["threads"],
                 max_model_len=max(spec.get("max_depth", 0), 512) + ROOM,
                 # Room for two depths: a sample at one must not push the other out of the cache.
@@ -65,21 +68,26 @@ class Ours:
             return self._encode(request)
         raise ValueError(f"unknown op {op!r}")
 
+    @contextmanager
+    def running(self, depth: int, batch: int) -> Iterator[Callable[[], object]]:
+        """A call that decodes a token of each of `batch` sequences behind `depth` tokens; at most ROOM - 4 times."""
+        states = self._start(self._prompts(depth, batch))
+        yield self.engine.step
+        self._cancel(states)
+
     def _decode(self, request: dict[str, Any]) -> dict[str, Any]:
-        running = self._start(self._prompts(request["depth"], request.get("batch", 1)))
-        seconds = time_steps(self._engine.step, request["steps"])
-        self._cancel(running)
-        return {"seconds": seconds}
+        with self.running(request["depth"], request.get("batch", 1)) as step:
+            return {"seconds": time_steps(step, request["steps"])}
 
     def _prefill(self, request: dict[str, Any]) -> dict[str, Any]:
-        prompt = [self._draw.randrange(self._engine.inputs.vocab_size) for _ in range(request["tokens"])]
+        prompt = [self._draw.randrange(self.engine.inputs.vocab_size) for _ in range(request["tokens"])]
         running: list[Any] = []
         seconds = time_once(lambda: running.extend(self._start([prompt])))
         self._cancel(running)
         return {"seconds": seconds}
 
     def _encode(self, request: dict[str, Any]) -> dict[str, Any]:
-        model: Any = self._engine.runner.model
+        model: Any = self.engine.runner.model
         pixels, results = torch.from_numpy(np.load(request["pixels"])).to(model.dtype), []
         with torch.inference_mode():
             seconds = time_once(lambda: results.append(model.encoder.encode_views(pixels)))
@@ -90,11 +98,11 @@ class Ours:
     def _prompts(self, depth: int, batch: int) -> list[list[int]]:
         """The same prompts whenever they are asked for."""
         draw = random.Random(depth * 1000 + batch)
-        return [[draw.randrange(self._engine.inputs.vocab_size) for _ in range(max(depth, 1))] for _ in range(batch)]
+        return [[draw.randrange(self.engine.inputs.vocab_size) for _ in range(max(depth, 1))] for _ in range(batch)]
 
     def _start(self, prompts: list[list[int]]) -> list[Any]:
         """Requests that each have their first token."""
-        engine, sampling = self._engine, SamplingParams(max_tokens=ROOM - 2, **SAMPLING)  # type: ignore[arg-type]
+        engine, sampling = self.engine, SamplingParams(max_tokens=ROOM - 2, **SAMPLING)  # type: ignore[arg-type]
         states = [engine.add_request(engine.inputs.build(prompt, sampling, str(i))) for i, prompt in enumerate(prompts)]
         while any(state.answers[0].sequence.num_generated == 0 for state in states):
             engine.step()
@@ -102,12 +110,12 @@ class Ours:
 
     def _cancel(self, states: list[Any]) -> None:
         for state in states:
-            self._engine.cancel(state)
+            self.engine.cancel(state)
 
     def _logits(self, ids: list[int]) -> torch.Tensor:
         """Logits of every position, as a fresh sequence in the cache's first blocks; the engine must be idle."""
-        self._engine.clear_prefix_cache()
-        count, kv = len(ids), self._engine.runner.kv
+        self.engine.clear_prefix_cache()
+        count, kv = len(ids), self.engine.runner.kv
         places = torch.arange(count, dtype=torch.int32)
         batch = ForwardBatch(
             token_ids=torch.tensor(ids, dtype=torch.int32),
@@ -119,7 +127,7 @@ class Ours:
             logit_rows=places,
         )
         with torch.inference_mode():
-            logits: torch.Tensor = self._engine.runner.model.forward(batch, kv)
+            logits: torch.Tensor = self.engine.runner.model.forward(batch, kv)
         return logits
 
 

@@ -72,6 +72,25 @@ const std::vector<Entry>& entries() {
   return list;
 }
 
+// The same sets with sums in free order: in builds for benchmarks/bench_invariance.py only, and never chosen unasked.
+std::vector<Entry> free_order_entries() {
+  [[maybe_unused]] const Features f = detect();
+  std::vector<Entry> e;
+#ifdef PAGELENS_HAS_PORTABLE_FREE
+  e.push_back({"portable_free", true, &portable_free::table()});
+#endif
+#ifdef PAGELENS_HAS_AVX2_FREE
+  e.push_back({"avx2_free", f.avx2, &avx2_free::table()});
+#endif
+#ifdef PAGELENS_HAS_AVX512_FREE
+  e.push_back({"avx512_free", f.avx512, &avx512_free::table()});
+#endif
+#ifdef PAGELENS_HAS_AVX512_BF16_FREE
+  e.push_back({"avx512_bf16_free", f.avx512_bf16, &avx512_bf16_free::table()});
+#endif
+  return e;
+}
+
 std::string joined(const std::vector<std::string>& names) {
   std::string text;
   for (const std::string& name : names) text += (text.empty() ? "" : ", ") + name;
@@ -79,6 +98,9 @@ std::string joined(const std::vector<std::string>& names) {
 }
 
 const Entry& find(const std::string& name, const std::string& asked_by) {
+  static const std::vector<Entry> free_order = free_order_entries();
+  for (const Entry& e : free_order)
+    if (name == e.name && e.supported) return e;
   for (const Entry& e : entries()) {
     if (name != e.name) continue;
     if (!e.table)

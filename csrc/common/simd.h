@@ -29,6 +29,14 @@ constexpr int W = 8;
 constexpr int W = 4;
 #endif
 
+// Whether sums may be cut and ordered as is fastest for the call at hand. False in every normal build: what is true of
+// csrc/free_order is compiled by benchmarks/bench_invariance.py alone, to measure what the fixed order costs.
+#ifdef PAGELENS_FREE_ORDER
+constexpr bool kFreeOrder = true;
+#else
+constexpr bool kFreeOrder = false;
+#endif
+
 typedef float vf __attribute__((vector_size(4 * W)));
 typedef int32_t vi __attribute__((vector_size(4 * W)));
 typedef uint32_t vu __attribute__((vector_size(4 * W)));

@@ -109,8 +109,8 @@ struct Int8Cache {
                                                    int64_t dim, float* o) {
     const uint32_t* weights = reinterpret_cast<const uint32_t*>(p) + group * 4;
     int64_t i = 0;
-    for (; i + 64 <= dim; i += 64) add_columns<R, 4>(weights, values + 4 * i, n, dim, o + i);
-    for (; i < dim; i += 32) add_columns<R, 2>(weights, values + 4 * i, n, dim, o + i);
+    for (; i + 64 <= dim; i += 64) add_columns<R, 4>(weights, values + 4 * i, n, dim, p + kChunk - 1, o + i);
+    for (; i < dim; i += 32) add_columns<R, 2>(weights, values + 4 * i, n, dim, p + kChunk - 1, o + i);
   }
 
   // The sums of a chunk from whole numbers to values.
@@ -122,7 +122,8 @@ struct Int8Cache {
  private:
   template <int R, int NV>
   static inline __attribute__((always_inline)) void add_columns(const uint32_t* weights, const uint8_t* values,
-                                                                int64_t n, int64_t dim, float* o) {
+                                                                int64_t n, int64_t dim, const float* factors,
+                                                                float* o) {
     __m512i c[R][NV][2];
     PAGELENS_UNROLL for (int r = 0; r < R; r++) PAGELENS_UNROLL for (int v = 0; v < NV; v++) c[r][v][0] = c[r][v][1] =
         _mm512_setzero_si512();
@@ -141,7 +142,9 @@ struct Int8Cache {
     PAGELENS_UNROLL for (int r = 0; r < R; r++) PAGELENS_UNROLL for (int v = 0; v < NV; v++) {
       const __m512i whole = _mm512_add_epi32(_mm512_slli_epi32(c[r][v][0], 8), c[r][v][1]);
       float* to = o + r * dim + v * W;
-      store(to, load(to) + (vf)_mm512_cvtepi32_ps(whole));
+      const vf sums = (vf)_mm512_cvtepi32_ps(whole);
+      // In free order o goes on from chunk to chunk, each with a factor of its own, and there is no `finish`.
+      store(to, kFreeOrder ? fma(sums, splat(factors[r * kChunk]), load(to)) : load(to) + sums);
     }
   }
 };

@@ -195,7 +195,7 @@ struct Attention16 {
 
   // ---- few rows
   struct Part {
-    int64_t sequence, chunk, first_head, heads;  // key/value heads
+    int64_t sequence, begin, first_head, heads;  // keys from a multiple of kGroup on; key/value heads
   };
   int64_t part_floats(int64_t rows) const {
     return rows * (words + kChunk + 2) + (in_place() ? 0 : a.num_kv_heads * copied_bytes(dim) / 4);
@@ -207,7 +207,7 @@ struct Attention16 {
   // of memory. `copied` holds chunks that cannot be read in place.
   template <class F>
   void each_group(const Part& part, int64_t count, const T* copied, F&& f) const {
-    const int64_t begin = part.chunk * kChunk, groups = (count + kGroup - 1) / kGroup;
+    const int64_t begin = part.begin, groups = (count + kGroup - 1) / kGroup;
     if (!in_place()) {
       for (int64_t h = 0; h < part.heads; h++)
         for (int64_t g = 0; g < groups; g++) f(h, g, copied_group(copied + h * copied_elements(), g));
@@ -231,7 +231,7 @@ struct Attention16 {
   // which some are filled in.
   void run_part(const Part& part, float* scratch, const Results& all) const {
     const int64_t s = part.sequence, n = queries(s), each = group * n, rows = part.heads * each;
-    const int64_t begin = part.chunk * kChunk, count = std::min<int64_t>(a.context_lens[s] - begin, kChunk);
+    const int64_t begin = part.begin, count = std::min<int64_t>(a.context_lens[s] - begin, kChunk);
     const auto take = [&](int64_t floats) { return std::exchange(scratch, scratch + floats); };
     T* copied = reinterpret_cast<T*>(take(in_place() ? 0 : part.heads * copied_bytes(dim) / 4));
     int64_t* seen = reinterpret_cast<int64_t*>(take(2 * rows));
@@ -262,7 +262,7 @@ struct Attention16 {
     for (int64_t h = 0; h < part.heads; h++) {
       const float* value_scales[kChunkGroups] = {};
       if (a.value_scales)
-        each_group({part.sequence, part.chunk, part.first_head + h, 1}, count, copied + h * copied_elements(),
+        each_group({part.sequence, part.begin, part.first_head + h, 1}, count, copied + h * copied_elements(),
                    [&](int64_t, int64_t g, const Group& at) { value_scales[g] = at.value_scales; });
       for (int64_t r = h * each; r < (h + 1) * each; r++)
         Cache::weigh(p + r * kChunk, seen[r], value_scales, out.largest + r, out.sum + r);
@@ -349,7 +349,7 @@ void run_few(ThreadPool& pool, const Attention16<Cache>& attention) {
     for (int64_t at = begin_of(item); at < end;) {
       const auto [s, chunk, head, groups] = place_of(at);
       const int64_t heads = std::min(a.num_kv_heads - head, (end - at) / groups);
-      attention.run_part({s, chunk, head, heads}, static_cast<float*>(pool.local(thread)),
+      attention.run_part({s, chunk * kChunk, head, heads}, static_cast<float*>(pool.local(thread)),
                          attention.results(part_at(s, chunk), attention.queries(s) * a.num_heads));
       at += heads * groups;
     }
@@ -362,8 +362,8 @@ void run_few(ThreadPool& pool, const Attention16<Cache>& attention) {
 }
 
 // Sequences with many query rows.
-template <class Cache>
-void run_many(ThreadPool& pool, const Attention16<Cache>& attention) {
+template <class Attention>
+void run_many(ThreadPool& pool, const Attention& attention) {
   const AttentionArgs& a = attention.a;
   int64_t* first_item = pool.shared<int64_t>(1, a.num_sequences + 1);
   first_item[0] = 0;

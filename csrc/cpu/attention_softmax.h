@@ -23,7 +23,7 @@ PAGELENS_INLINE vf exp_negative(vf x) {
 PAGELENS_INLINE float exp_negative(float x) { return _mm512_cvtss_f32((__m512)exp_negative(splat(x))); }
 
 // Scores p[kChunk] of which the first n keys are seen -> e[8] = e^(p - largest), zeros for the others. What lies in p
-// behind the seen keys does not matter.
+// behind the seen keys does not matter. In free order `largest` comes with that of the keys before, and never falls.
 PAGELENS_INLINE void exponentials(const float* p, int64_t n, vf (&e)[kChunkGroups], float* largest, float* sum) {
   const __m512 nothing = _mm512_set1_ps(-__builtin_inff());
   __mmask16 seen[kChunkGroups];
@@ -34,8 +34,8 @@ PAGELENS_INLINE void exponentials(const float* p, int64_t n, vf (&e)[kChunkGroup
     x[g] = _mm512_mask_loadu_ps(nothing, seen[g], p + g * kGroup);
   }
   PAGELENS_UNROLL for (int g = 0; g < 4; g++) tops[g] = _mm512_max_ps(x[g], x[g + 4]);
-  const float top =
-      _mm512_reduce_max_ps(_mm512_max_ps(_mm512_max_ps(tops[0], tops[1]), _mm512_max_ps(tops[2], tops[3])));
+  float top = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_max_ps(tops[0], tops[1]), _mm512_max_ps(tops[2], tops[3])));
+  if (kFreeOrder) top = *largest > top ? *largest : top;
   PAGELENS_UNROLL for (int g = 0; g < kChunkGroups; g++) e[g] =
       (vf)_mm512_maskz_mov_ps(seen[g], (__m512)exp_negative((vf)x[g] - top));
   *largest = top;

@@ -11,6 +11,9 @@
 #include "cpu/attention_run.h"
 #include "cpu/kv_layout.h"
 #include "cpu/parallel.h"
+#ifdef PAGELENS_FREE_ORDER
+  #include "free_order/attention.h"
+#endif
 
 namespace pagelens::PAGELENS_ISA {
 namespace {
@@ -277,7 +280,11 @@ int64_t paged_attention(ThreadPool& pool, const AttentionArgs& a) {
   }
 #ifdef PAGELENS_ISA_AVX512_BF16
   if (a.q.dtype == DType::bf16 && a.head_dim % 32 == 0 && a.head_dim <= kMaxFastDim) {
+  #ifdef PAGELENS_FREE_ORDER
+    a.key_scales ? run_free<Int8Cache>(pool, a) : run_free<Bf16Cache>(pool, a);
+  #else
     a.key_scales ? run_fast<Int8Cache>(pool, a) : run_fast<Bf16Cache>(pool, a);
+  #endif
     return -1;
   }
 #endif

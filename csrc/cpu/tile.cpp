@@ -127,8 +127,17 @@ TileFn choose(DType dtype, int rows) {
   return nullptr;
 }
 
+#ifdef PAGELENS_FREE_ORDER
+  #include "free_order/tile.h"
+#endif
+
 }  // namespace
 
-TileFn tile_fn(DType weight_dtype, int rows) { return choose<kMaxTileRows>(weight_dtype, rows); }
+TileFn tile_fn(DType weight_dtype, int rows) {
+#ifdef PAGELENS_FREE_ORDER
+  if (const TileFn split = split_tile_fn(weight_dtype, rows)) return split;
+#endif
+  return choose<kMaxTileRows>(weight_dtype, rows);
+}
 
 }  // namespace pagelens::PAGELENS_ISA
