@@ -120,8 +120,13 @@ def test_both_oracles_agree(text: str, tokenizer: Tokenizer) -> None:
     assert max(ids, default=0) < NUM_RANKS
 
 
+# Whether a code point that is not assigned yet is a letter depends on the Unicode version of a library: tokenizers and
+# regex differ, for one, about U+323B0 (assigned in Unicode 17), and then a word ends where the other's goes on.
+ASSIGNED = st.characters(exclude_categories=("Cs", "Cn"))
+
+
 @settings(max_examples=200, deadline=None)
-@given(st.lists(st.sampled_from(TEXTS) | st.text(max_size=8), max_size=6).map("".join))
+@given(st.lists(st.sampled_from(TEXTS) | st.text(ASSIGNED, max_size=8), max_size=6).map("".join))
 def test_any_text(text: str) -> None:
     ids = qwen_tokenizer().encode(text, parse_special=False)
     assert ids == encode_by_rank(text, qwen_ranks())
