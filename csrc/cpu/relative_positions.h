@@ -66,8 +66,10 @@ struct RelativeTable {
       };
       int64_t k = 0;
       for (; k + kValueVectors * W <= breadth(); k += kValueVectors * W)
-        tiles(product_fn<kPairs, Product::rows, kQueriesATile, kValueVectors>, kQueriesATile, k);
-      if (k < breadth()) tiles(product_fn<kPairs, Product::rows, kRowsATile, 1>, kRowsATile, k);
+        tiles([](int n) { return product_fn<kPairs, Product::rows, kQueriesATile, kValueVectors>(n); }, kQueriesATile,
+              k);
+      if (k < breadth())
+        tiles([](int n) { return product_fn<kPairs, Product::rows, kRowsATile, 1>(n); }, kRowsATile, k);
     }
   }
 };
