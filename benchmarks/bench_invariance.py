@@ -286,7 +286,7 @@ def run_ops(kernels: Kernels, threads: int, wanted: str) -> list[tuple[str, ...]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", default="bf16,int8", help=f"of {', '.join(SPECS)} (default: bf16,int8)")
     parser.add_argument("--workloads", default="", help="only those whose name holds this")
     parser.add_argument("--ops", action="store_true", help="single ops instead of the engine")
@@ -297,6 +297,10 @@ def main() -> None:
     if unknown := sorted(set(args.weights.split(",")) - set(SPECS)):
         parser.error(f"there are no weights {unknown[0]!r}; known: {', '.join(SPECS)}")
     workloads = [w for w in WORKLOADS if args.workloads in w.name]
+    if not workloads and not args.ops:
+        parser.error(f"no workload's name holds {args.workloads!r}; they are {', '.join(w.name for w in WORKLOADS)}")
+    if args.threads < 1:
+        parser.error(f"--threads {args.threads}: at least 1")
     isa = args.isa or chosen_isa()
     path = build(isa)
     if args.build:

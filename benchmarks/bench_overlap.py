@@ -129,6 +129,10 @@ def main() -> None:
     parser.add_argument("--threads", default="1,2", help="numbers of threads (%(default)s)")
     parser.add_argument("--weights", default=",".join(BITS), help="of %(default)s")
     args = parser.parse_args()
+    if unknown := set(args.weights.split(",")) - set(BITS):
+        parser.error(f"there are no weights {min(unknown)!r}; known: {', '.join(BITS)}")
+    if not all(count.isdigit() and int(count) > 0 for count in args.threads.split(",")):
+        parser.error(f"--threads {args.threads}: numbers from 1 on, with commas between them")
     places = "  ".join(f"{place:>6} {'read':>6}" for place in PLACES)
     heads = f"{'call':>5} {'read':>5}  {'turns':>6} {'hidden':>6}  share overlap"
     print(f"{'threads':7}  {'weights':7}  {'inputs of':29}  {places}  {heads}")

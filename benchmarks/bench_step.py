@@ -20,6 +20,7 @@ from typing import Any
 from pagelens import _native
 from pagelens.config import EngineConfig
 from pagelens.core import Engine, build_engine
+from pagelens.loading.presets import PRESETS
 from pagelens.ops.packing import PackedLinear, PackedMoe, PackedSwiglu
 from pagelens.types import SamplingParams
 
@@ -192,6 +193,12 @@ def main() -> None:
     parser.add_argument("--depth", type=int, default=0, help="tokens in the cache (%(default)s)")
     parser.add_argument("--seconds", type=float, default=12.0, help="of measuring, for each kind of weights")
     args = parser.parse_args()
+    if unknown := set(args.weights.split(",")) - {"auto", "int8", "int4", "int4-pure"}:
+        parser.error(f"there are no weights {min(unknown)!r}")
+    if args.model not in PRESETS:
+        parser.error(f"{args.model!r} is no preset; they are {', '.join(PRESETS)}")
+    if args.threads < 1 or args.depth < 0 or args.seconds <= 0:
+        parser.error("--threads and --seconds must be above 0, --depth 0 or more")
     for weights in args.weights.split(","):
         engine = build_engine(
             EngineConfig(

@@ -166,7 +166,9 @@ def build_parser() -> argparse.ArgumentParser:
     doctor.set_defaults(run=run_doctor)
 
     tune = commands.add_parser("tune", help="measure tile sizes of the GPU kernels on this card and keep the best")
-    tune.add_argument("--dry-run", action="store_true", help="run through it without a GPU and write nothing real")
+    tune.add_argument(
+        "--dry-run", action="store_true", help="run through it without a GPU; times are made up, and the file says so"
+    )
     tune.add_argument("--repeats", type=int, default=20, help="timed calls of a candidate; the median counts")
     tune.add_argument("--output", metavar="DIR", help="folder of the file; default: the package's own kernels/configs")
     tune.set_defaults(run=run_tune)
@@ -233,7 +235,7 @@ def add_engine_options(parser: argparse.ArgumentParser, needs_model: bool = Fals
         action=argparse.BooleanOptionalAction,
         default=True,
         help="use a folder of `pagelens quantize` where it is mapped; --no-mmap copies it into huge pages: starts "
-        "later, decodes faster",
+        "later, and decodes faster on machines where small pages cost more",
     )
     parser.add_argument("--low-memory", action="store_true", help="free the vision towers between pages")
     parser.add_argument(
@@ -300,14 +302,15 @@ def run_doctor(args: argparse.Namespace) -> int:
 
 
 def run_tune(args: argparse.Namespace) -> int:
-    from .tune import CudaTimer, DryTimer, tune, write
+    from .tune import CudaTimer, DryTimer, prepare_folder, tune, write
 
     if args.repeats < 1:
         raise ConfigError(f"--repeats {args.repeats} must be at least 1")
     if args.dry_run and not args.output:
         raise ConfigError("--dry-run needs --output DIR: its times are made up and must not replace a real file")
-    found = tune(DryTimer() if args.dry_run else CudaTimer(), args.repeats)
-    print(write(found, Path(args.output) if args.output else None))
+    timer = DryTimer() if args.dry_run else CudaTimer()
+    folder = prepare_folder(Path(args.output) if args.output else None)
+    print(write(tune(timer, args.repeats), folder))
     return EXIT_OK
 
 

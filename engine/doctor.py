@@ -101,7 +101,7 @@ class ModeReport:
 
 
 def examine_modes(model: str | None, width: int, height: int) -> list[ModeReport]:
-    """The modes of a checkpoint (None = the published DeepSeek-OCR) and what a page of that size costs in each.
+    """The modes of a checkpoint or preset (None: the published DeepSeek-OCR), with a page's cost in each.
 
     Reads config.json only. Raises ConfigError or ImageError.
     """
@@ -114,7 +114,7 @@ def examine_modes(model: str | None, width: int, height: int) -> list[ModeReport
 
     processor = ProcessorConfig()
     if model is not None:
-        description = find_description(model, random_weights=False)
+        description = find_description(model, random_weights=True)
         config = class_of(description.config).read_config(description.config, description.generation)
         if not isinstance(config, DeepseekOcrConfig):
             raise ConfigError(f"{model}: a text model has no page modes; name a DeepSeek-OCR checkpoint")

@@ -7,6 +7,7 @@ second cache is overwritten, so that weights come from the device's memory as in
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from typing import Any, Protocol
 
 import torch
 
-from .errors import UnsupportedError
+from .errors import ConfigError, UnsupportedError
 from .ops.devices import find_device
 
 FLUSH_BYTES = 256 << 20  # more than the second cache of any card
@@ -170,13 +171,28 @@ def choose(when: dict[str, int], trials: list[Trial]) -> dict[str, Any]:
     return {**rule, **ran[0].options, **ran[0].sizes, "why": [ran[0].describe()], "others": others}
 
 
-def write(found: dict[str, Any], folder: Path | None = None) -> Path:
-    """Into the package's own folder if none is given."""
+def prepare_folder(folder: Path | None = None) -> Path:
+    """The folder for the file, made if need be; the package's own if none is given. Called before anything is measured.
+
+    Raises ConfigError if no file can be written there.
+    """
     if folder is None:
         from .kernels.tuning import FOLDER
 
         folder = FOLDER
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"{folder} cannot hold the file ({error.strerror}); name a folder that can be written with --output"
+        ) from error
+    return folder
+
+
+def write(found: dict[str, Any], folder: Path) -> Path:
+    """The file of a target's sizes, in a folder of `prepare_folder`."""
     path = folder / f"{found['target']}.json"
     path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     return path

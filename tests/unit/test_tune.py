@@ -13,7 +13,7 @@ import torch
 
 from pagelens.cli import main
 from pagelens.errors import UnsupportedError
-from pagelens.tune import CudaTimer, DryTimer, Trial, choose, tune, write
+from pagelens.tune import CudaTimer, DryTimer, Trial, choose, prepare_folder, tune, write
 
 NO_GPU = not torch.cuda.is_available()
 
@@ -108,3 +108,20 @@ def test_a_written_file_is_read_as_rules(tmp_path: Path, monkeypatch: pytest.Mon
     tuning.load_rules.cache_clear()
     assert when == {}
     assert config.sizes == {"BLOCK_M": 16}
+
+
+def test_a_folder_that_cannot_hold_the_file_is_found_before_anything_is_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pagelens.cli import main
+
+    assert prepare_folder(tmp_path / "a" / "b").is_dir()
+    assert list((tmp_path / "a" / "b").iterdir()) == []
+    file = tmp_path / "file"
+    file.write_text("mine", encoding="utf-8")
+    monkeypatch.setattr("pagelens.tune.tune", lambda *_: pytest.fail("something was measured"))
+    assert main(["tune", "--dry-run", "--output", str(file)]) == 2
+    assert (
+        "cannot hold the file (File exists); name a folder that can be written with --output" in capsys.readouterr().err
+    )
+    assert file.read_text(encoding="utf-8") == "mine"
