@@ -189,7 +189,7 @@ MUTANTS = [
         EXPERTS,
     ),
     Mutant("moe_routing", 'keys = tl.where(here, -float("inf"), keys)', "keys = keys", EXPERTS),
-    Mutant("moe_ffn", "extra=0 if shared is None else 1", "extra=1", replace(EXPERTS, shared=0)),
+    Mutant("moe_ffn", "extra=0 if shared is None else 1", "extra=0", EXPERTS),
     # convolutions
     Mutant("conv_downsample", "& (y >= 0)", "", CONV),
     Mutant("conv_downsample", "left = m % G_OUT * STRIDE - SIZE // 2", "left = m % G_OUT * STRIDE", CONV),
