@@ -17,7 +17,6 @@ import argparse
 import statistics
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,6 +25,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 import torch
+from bench_decode import record
 from ops.case import BF16, noise
 from ops.quantized_cases import OWN_INT4, OWN_INT8
 
@@ -73,17 +73,6 @@ def matrices(ops: NativeOps, weights: str, inputs: int, share: int, total: int) 
     return [first, *(ops.pack_linear(weight) for _ in range(total // first.handle.num_bytes - 1))]
 
 
-def record(ops: NativeOps, calls: list[Callable[[], object]]) -> _native.Program:
-    program = ops.new_program()
-    program.begin()
-    try:
-        for call in calls:
-            call()
-    finally:
-        program.end()
-    return program
-
-
 def seconds_of(program: _native.Program) -> float:
     begin = time.perf_counter()
     program.replay()
@@ -99,8 +88,8 @@ def measure(ops: NativeOps, weights: str, inputs: int, total: int) -> tuple[Cost
         each = packs[0].handle.num_bytes
         turns = packs * max(REPLAY_BYTES // (each * len(packs)), 1)
         out = torch.empty(1, packs[0].out_features, dtype=BF16)
-        product = record(ops, [partial(ops.linear, x, p, out=out) for p in turns])
-        read = record(ops, [partial(_native.read_weights, ops._pool, p.handle) for p in turns])
+        product = record([partial(ops.linear, x, p, out=out) for p in turns], ops)
+        read = record([partial(_native.read_weights, ops._pool, p.handle) for p in turns], ops)
         made.append((each, len(turns), [product, read], (packs, out)))  # a program does not keep what it calls alive
     seconds = [[[seconds_of(program) for program in programs] for _, _, programs, _ in made] for _ in range(ROUNDS)]
 
